@@ -1,0 +1,9 @@
+"""Fused operations for private and adversarial training, each with a plain PyTorch reference.
+
+The package imports only the standard library and torch; Triton is imported on the first use of a Triton kernel.
+"""
+
+from .clip_and_accumulate import clip_and_accumulate
+from .pgd_step import pgd_step
+
+__all__ = ["clip_and_accumulate", "pgd_step"]

@@ -1,0 +1,74 @@
+"""Which implementation runs an op: the Triton kernel or PyTorch."""
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_backend(
+    backend: Backend, tensor: Tensor, *, op: str, unsupported: str | None = None
+) -> Literal["triton", "torch"]:
+    """Pick the implementation that runs ``op`` on ``tensor``.
+
+    ``"auto"`` means the environment variable ``SECURETUNE_BACKEND`` where it is set, else Triton on a GPU and torch on
+    a CPU; the choice is logged once per op. ``"triton"`` asked for by name runs or raises; on CPU tensors it runs only
+    in Triton's interpreter (``TRITON_INTERPRET=1`` before the first import of triton), which is for tests.
+
+    Args:
+        backend: What the caller asked for.
+        tensor: Any tensor of the op; its device decides.
+        op: Name of the op, for messages.
+        unsupported: Why the Triton kernel cannot take these arguments, or ``None`` where it can.
+
+    Raises:
+        ValueError: If the name is not ``"auto"``, ``"triton"`` or ``"torch"``.
+        RuntimeError: If Triton was asked for by name and cannot run.
+    """
+    source = "backend"
+    requested: str = backend
+    if backend == "auto":
+        source, requested = "SECURETUNE_BACKEND", os.environ.get("SECURETUNE_BACKEND") or "auto"
+    if requested not in get_args(Backend):
+        raise ValueError(f"{source} must be 'auto', 'triton' or 'torch', got {requested!r}.")
+    if requested == "torch":
+        return "torch"
+    obstacle = unsupported or _why_triton_cannot_run(tensor)
+    if requested == "triton":
+        if obstacle is not None:
+            raise RuntimeError(f"{op}: {source}='triton' cannot run: {obstacle}. Use backend='torch'.")
+        return "triton"
+    chosen = "triton" if obstacle is None and tensor.is_cuda else "torch"
+    _log_choice_once(op, chosen, tensor.device.type, obstacle)
+    return chosen
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the device of ``tensor`` current: Triton launches on the current device, not on that of its arguments."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _why_triton_cannot_run(tensor: Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not tensor.is_cuda and not interpreted:
+        return f"the tensor is on {tensor.device}"
+    return None
+
+
+@functools.cache
+def _log_choice_once(op: str, chosen: str, device_type: str, obstacle: str | None) -> None:
+    # a GPU without its kernel is slower than the user expects, so that case is a warning
+    level = logging.WARNING if chosen == "torch" and device_type == "cuda" else logging.DEBUG
+    reason = f" ({obstacle})" if obstacle and device_type == "cuda" else ""
+    logger.log(level, "%s on %s tensors runs on the %s backend%s.", op, device_type, chosen, reason)

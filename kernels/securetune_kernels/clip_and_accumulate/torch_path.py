@@ -1,0 +1,67 @@
+"""``clip_and_accumulate`` in PyTorch at the speed of the memory: two sweeps over the gradients, no large copies."""
+
+import torch
+from torch import Tensor
+
+from .reference import clip_factors
+
+# Half precision is widened in slices of this size. Measured on a Xeon with 256 x 230,400 bfloat16, one thread: 1 MiB
+# 70 ms, 4 MiB 53 ms, 16 MiB 53 ms.
+SLICE_BYTES = 4 * 2**20
+# One float32 sum over a whole row is not good enough: over 4 million entries torch's norm on a CPU came out 8e-5 too
+# small, and so would the noise be. Sums over blocks of this many columns leave 5e-7, at the same speed.
+BLOCK_COLS = 4096
+# Outside this range squares may overflow or vanish in float32, so a row is measured again in float64.
+SMALLEST_PLAIN_NORM = 1e-15
+LARGEST_PLAIN_NORM = 1e18
+
+
+def clip_and_accumulate_torch(
+    per_sample_grads: Tensor, accumulator: Tensor, max_grad_norm: float, *, valid: Tensor | None = None
+) -> Tensor:
+    """Same contract as :func:`securetune_kernels.clip_and_accumulate`, whose checks have already passed."""
+    if per_sample_grads.dtype == torch.float32:
+        return _clip_slice(per_sample_grads, accumulator, max_grad_norm, valid)
+    num_samples, num_params = per_sample_grads.shape
+    rows = max(1, SLICE_BYTES // (4 * max(1, num_params)))
+    norms = torch.empty(num_samples, device=per_sample_grads.device, dtype=torch.float32)
+    for start in range(0, num_samples, rows):
+        part = slice(start, start + rows)
+        norms[part] = _clip_slice(
+            per_sample_grads[part].float(), accumulator, max_grad_norm, None if valid is None else valid[part]
+        )
+    return norms
+
+
+def _clip_slice(grads: Tensor, accumulator: Tensor, max_grad_norm: float, valid: Tensor | None) -> Tensor:
+    norms = _row_norms(grads)
+    plain = (norms >= SMALLEST_PLAIN_NORM) & (norms <= LARGEST_PLAIN_NORM)
+    if not bool(plain.all()):
+        for row in (~plain).nonzero().flatten().tolist():
+            norms[row] = torch.linalg.vector_norm(grads[row], dtype=torch.float64)
+    if valid is not None:
+        norms = torch.where(valid, norms, 0.0)
+    factors = clip_factors(norms, max_grad_norm)
+    if valid is not None:
+        factors = torch.where(valid, factors, 0.0)
+    # 0 * NaN is NaN, so a dropped row is left out of the product instead of being multiplied by zero
+    for start, stop in _runs(factors > 0):
+        accumulator.addmv_(grads[start:stop].t(), factors[start:stop])
+    return norms
+
+
+def _row_norms(grads: Tensor) -> Tensor:
+    num_params = grads.shape[1]
+    blocks = num_params // BLOCK_COLS
+    whole, rest = grads[:, : blocks * BLOCK_COLS], grads[:, blocks * BLOCK_COLS :]
+    parts = torch.linalg.vector_norm(whole.unflatten(1, (blocks, BLOCK_COLS)), dim=2)
+    if rest.shape[1]:
+        parts = torch.cat([parts, torch.linalg.vector_norm(rest, dim=1, keepdim=True)], dim=1)
+    return torch.linalg.vector_norm(parts, dim=1)
+
+
+def _runs(kept: Tensor) -> list[tuple[int, int]]:
+    """Return the maximal ranges ``[start, stop)`` of consecutive true entries."""
+    flags = [False, *kept.tolist(), False]
+    edges = [index for index in range(1, len(flags)) if flags[index] != flags[index - 1]]
+    return [(start - 1, stop - 1) for start, stop in zip(edges[::2], edges[1::2], strict=True)]

@@ -1,0 +1,74 @@
+"""Reference for ``pgd_step`` in plain PyTorch: the ground truth of its tests, and the path without Triton."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Norm = Literal["l2_token", "linf", "l2_sample"]
+Direction = Literal["sign", "normalised"]
+
+# Projection aims this much inside the ball, so that float32 rounding of the norm does not end outside of it.
+INSIDE = 1.0 - 2.0**-18
+# Relative and absolute error of rounding to the nearest number of a dtype: half a unit in the last place, and half
+# the distance of subnormal numbers.
+ROUNDING = {
+    torch.float64: (0.0, 0.0),
+    torch.float32: (0.0, 0.0),
+    torch.bfloat16: (2.0**-8, 0.0),
+    torch.float16: (2.0**-11, 2.0**-25),
+}
+
+
+def pgd_step_reference(
+    delta: Tensor, grad: Tensor, mask: Tensor, *, step_size: float, radius: float, norm: Norm, direction: Direction
+) -> Tensor:
+    """Same contract as :func:`securetune_kernels.pgd_step`; float64 input is computed in float64."""
+    dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
+    attacked = mask[:, :, None]
+    # the unit of the ball, over which norms are taken: one sample, or one token of it
+    unit_dims = (1, 2) if norm == "l2_sample" else (2,)
+    start = torch.where(attacked, delta.to(dtype), 0.0)
+    grads = torch.where(attacked, grad.to(dtype), 0.0)
+
+    start_is_finite = torch.isfinite(start).all(dim=unit_dims, keepdim=True)
+    grad_is_finite = torch.isfinite(grads).all(dim=unit_dims, keepdim=True)
+    step = _direction_of(torch.where(grad_is_finite, grads, 0.0), direction, norm, unit_dims)
+    moved = torch.where(start_is_finite, start + step_size * step, 0.0)
+    if norm == "linf":
+        bound = round_toward_zero(torch.tensor(radius, dtype=torch.float64, device=delta.device), delta.dtype)
+        limit = bound.to(dtype)
+        return torch.clamp(moved, -limit, limit).to(delta.dtype)
+
+    length = _l2_norm(moved, unit_dims)
+    inside = INSIDE * radius
+    moved = torch.where(length > inside, moved * (inside / length), moved)
+    relative, absolute = ROUNDING[delta.dtype]
+    size = math.prod(delta.shape[dim] for dim in unit_dims)
+    fits = length * (1.0 + relative) + absolute * math.sqrt(size) <= inside
+    return torch.where(fits, moved.to(delta.dtype), round_toward_zero(moved, delta.dtype))
+
+
+def _direction_of(grads: Tensor, direction: Direction, norm: Norm, unit_dims: tuple[int, ...]) -> Tensor:
+    if direction == "sign":
+        return torch.sign(grads)
+    length = grads.abs().amax(dim=unit_dims, keepdim=True) if norm == "linf" else _l2_norm(grads, unit_dims)
+    # no gradient, no step
+    return grads / torch.where(length > 0, length, 1.0)
+
+
+def _l2_norm(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return the L2 norm over ``dims``, dividing by the largest entry first so that no square overflows or vanishes."""
+    largest = values.abs().amax(dim=dims, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1.0)
+    return scale * torch.linalg.vector_norm(values / scale, dim=dims, keepdim=True)
+
+
+def round_toward_zero(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast to ``dtype`` so that no element grows in magnitude."""
+    nearest = values.to(dtype)
+    grew = nearest.abs().to(values.dtype) > values.abs()
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    # floats are stored as sign and magnitude: one bit pattern less is one step toward zero, for either sign
+    return torch.where(grew, (nearest.view(bits) - grew.to(bits)).view(dtype), nearest)

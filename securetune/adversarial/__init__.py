@@ -1,0 +1,1 @@
+"""Attacks on embeddings and on text, and which adversarial objectives may be combined with privacy."""

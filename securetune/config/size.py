@@ -1,0 +1,44 @@
+"""Whether there are enough private records for what a recipe plans."""
+
+from securetune.config.schema import Recipe
+from securetune.errors import DataError
+
+_TOLERANCE = 0.2
+
+
+def require_enough_records(recipe: Recipe, num_training: int) -> None:
+    """Refuse data that cannot fill one expected batch.
+
+    Args:
+        recipe: The recipe.
+        num_training: Training records, duplicates and held-out records taken off.
+
+    Raises:
+        DataError: If there are fewer than ``privacy.expected_batch_size``.
+    """
+    expected = recipe.privacy.expected_batch_size
+    if num_training < expected:
+        raise DataError(
+            f"there are {num_training:,} training records, fewer than privacy.expected_batch_size = "
+            f"{expected:,}. Lower it (and privacy.sample_rate with it), or bring more data."
+        )
+
+
+def size_warning(recipe: Recipe, num_training: int) -> str | None:
+    """Say if the recipe's constants are far from the data: privacy holds anyway, but batches differ.
+
+    Args:
+        recipe: The recipe.
+        num_training: Training records, duplicates and held-out records taken off.
+
+    Returns:
+        A warning, or None if batches come out within a fifth of the planned size.
+    """
+    actual = num_training * recipe.privacy.sample_rate
+    expected = recipe.privacy.expected_batch_size
+    if abs(actual - expected) <= _TOLERANCE * expected:
+        return None
+    return (
+        f"batches will hold {actual:,.1f} records on average, the recipe divides by {expected:,}: with "
+        f"{num_training:,} training records, privacy.sample_rate = {expected / num_training:.3g} would match."
+    )

@@ -1,0 +1,1 @@
+"""Data: sources, validation, exact de-duplication, keyed-hash splits, tokenisation and batches."""

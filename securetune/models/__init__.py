@@ -1,0 +1,1 @@
+"""Models: safe loading of a base model, task heads with per-sample losses, LoRA adapters."""

@@ -1,0 +1,74 @@
+"""Cross-entropy under a frozen output layer, without ever keeping a ``[N, V]`` matrix.
+
+The output layer does not learn, so the only gradient needed is that of the hidden states, and it is known as
+soon as the logits are: ``(softmax - onehot) @ W``. It is computed in the forward pass, slice by slice, in one
+reused buffer. That saves what autograd would keep and read again: logits, log-probabilities and their
+gradient, each ``N * V`` numbers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Rows of hidden states per slice: large enough for an efficient product, small enough for V numbers a row to
+# stay in cache.
+_ROWS = 128
+
+
+def frozen_head_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Cross-entropy of each target under a frozen linear output layer.
+
+    Guarantees:
+        Value and gradient are those of ``cross_entropy(linear(hidden, weight, bias), targets,
+        reduction="none")`` with logits in float32, up to rounding. Peak memory beyond the result is 128 rows
+        of logits.
+
+    Args:
+        hidden: ``[N, D]``, any floating dtype: hidden states at the predicting positions.
+        weight: ``[V, D]``, same dtype; must not require a gradient.
+        bias: ``[V]`` or None; must not require a gradient.
+        targets: ``[N]``, int64: token ids.
+
+    Returns:
+        ``[N]``, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: If the output layer requires a gradient.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("the output layer requires a gradient; frozen_head_losses would not give it one.")
+    return _FrozenHeadLosses.apply(hidden, weight, bias, targets)
+
+
+class _FrozenHeadLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+        needs_grad = ctx.needs_input_grad[0]
+        grad = torch.empty_like(hidden) if needs_grad else None
+        buffer = hidden.new_empty(min(_ROWS, len(hidden)), weight.shape[0])
+        for start in range(0, len(hidden), _ROWS):
+            rows = slice(start, start + _ROWS)
+            wanted = targets[rows, None]
+            logits = torch.mm(hidden[rows], weight.t(), out=buffer[: len(wanted)])
+            if bias is not None:
+                logits += bias
+            logits = logits.to(dtype)
+            normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+            losses[rows] = (normaliser - logits.gather(1, wanted)).squeeze(1)
+            if grad is not None:
+                probabilities = logits.sub_(normaliser).exp_()
+                probabilities.scatter_add_(1, wanted, -torch.ones_like(normaliser))
+                grad[rows] = probabilities.to(hidden.dtype) @ weight
+        ctx.save_for_backward(*([] if grad is None else [grad]))
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream,) = grad_outputs
+        if not ctx.saved_tensors:
+            return None, None, None, None
+        (grad,) = ctx.saved_tensors
+        return (grad * upstream[:, None].to(grad.dtype)), None, None, None

@@ -1,0 +1,1 @@
+"""Differentially private training: per-sample gradients, clipping, noise, sampling, accounting and the ledger."""

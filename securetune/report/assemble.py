@@ -1,0 +1,198 @@
+"""Put a run's results together into its report."""
+
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from securetune.config.loader import recipe_digest
+from securetune.config.schema import Recipe
+from securetune.evidence import Evidence, GateResult
+from securetune.privacy.accounting import Phase, max_true_positive_rate, max_true_positive_rate_of_run
+from securetune.privacy.ledger import LedgerState, read_ledger
+from securetune.report.summary import (
+    AdversarialStatement,
+    BaseModelStatement,
+    Costs,
+    Curves,
+    DataStatement,
+    PrivacyStatement,
+    RecipeStatement,
+    Report,
+    RocCurve,
+    StageTime,
+    TrainingCurve,
+    describe_environment,
+)
+from securetune.training.folder import RunFolder
+from securetune.training.plan import Plan
+from securetune.training.prepare import PreparedData
+
+if TYPE_CHECKING:
+    from securetune.models.base import BaseModel
+
+REPRODUCE = "accelerate launch recipes/harden.py recipe.yaml --set run_dir=runs/again"
+"""With the resolved recipe of the run folder."""
+
+TRAINING_STAGES = {"plain": "plain fine-tune", "hardened": "hardened training"}
+
+
+def assemble_report(
+    recipe: Recipe,
+    run: RunFolder,
+    plan: Plan,
+    data: PreparedData,
+    base: "BaseModel",
+    evidence: Sequence[Evidence],
+    *,
+    roc: Sequence[RocCurve] = (),
+    gate: GateResult | None = None,
+    notes: Sequence[str] = (),
+) -> Report:
+    """Build the report of a run from what its stages left.
+
+    Args:
+        recipe: The recipe.
+        run: The run's folder, all stages but publishing done.
+        plan: The plan.
+        data: The private data.
+        base: The base model.
+        evidence: Everything measured, epsilon included.
+        roc: Curves of the membership attacks.
+        gate: The gate's verdict.
+        notes: Free remarks; never published.
+
+    Returns:
+        The report; it stays in the run folder.
+    """
+    privacy = None if plan.privacy is None else _privacy(recipe, plan, read_ledger(run.ledger))
+    times = run.stage_times()
+    seconds = {
+        subject: times[stage] for subject, stage in TRAINING_STAGES.items() if times.get(stage, 0.0) > 0
+    }
+    ratio = seconds["hardened"] / seconds["plain"] if len(seconds) == 2 else None
+    return Report(
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        recipe=RecipeStatement(
+            name=recipe.name, digest=recipe_digest(recipe), task=recipe.task, seed=recipe.seed
+        ),
+        environment=describe_environment(_device_name(base), str(base.dtype).removeprefix("torch.")),
+        base_model=BaseModelStatement(name=base.name, digest=base.digest),
+        data=DataStatement(
+            source=recipe.data.private.source or "local file",
+            planned_records=recipe.privacy.expected_records,
+            records=data.records,
+            duplicates_removed=data.duplicates_removed,
+            training_records=len(data.train),
+            held_out_records=len(data.held_out),
+        ),
+        privacy=privacy,
+        adversarial=_adversarial(recipe),
+        evidence=list(evidence),
+        gate=gate,
+        curves=Curves(training=_training_curves(run), roc=list(roc)),
+        costs=Costs(training_seconds=seconds, training_time_ratio=ratio),
+        stages=[StageTime(name=name, seconds=value) for name, value in times.items()],
+        peak_memory_bytes=_peak_memory_bytes(),
+        notes=list(notes),
+        reproduce=REPRODUCE,
+    )
+
+
+def epsilon_evidence(state: LedgerState, artefact: str) -> Evidence:
+    """State the epsilon in the ledger as evidence.
+
+    Args:
+        state: The ledger.
+        artefact: SHA-256 of the hardened model.
+
+    Returns:
+        The evidence; without a value where a fixed test key forbids to report one.
+    """
+    epsilon = state.epsilon()
+    return Evidence(
+        metric="epsilon",
+        subject="hardened",
+        value=epsilon,
+        interval=None,
+        n=state.steps_charged,
+        method=f"{state.header.accountant}: steps in the ledger, Poisson sampling, add or remove one record",
+        status="not_run" if epsilon is None else "pass",
+        artefact=artefact,
+        private_statistic=False,
+        params={"delta": state.header.delta, "noise_multiplier": state.header.noise_multiplier},
+    )
+
+
+def _privacy(recipe: Recipe, plan: Plan, state: LedgerState) -> PrivacyStatement:
+    assert plan.privacy is not None
+    header = state.header
+    phase = Phase(header.noise_multiplier, header.sample_rate, state.steps_charged)
+    epsilon = state.epsilon() or 0.0
+    return PrivacyStatement(
+        accountant=header.accountant,
+        epsilon_target=recipe.privacy.target_epsilon,
+        epsilon_spent=epsilon,
+        delta=header.delta,
+        noise_multiplier=header.noise_multiplier,
+        sample_rate=header.sample_rate,
+        expected_batch_size=header.expected_batch_size,
+        steps_planned=header.planned_steps,
+        steps_charged=state.steps_charged,
+        max_grad_norm=header.max_grad_norm,
+        max_true_positive_rate_at_1pct_fpr=max_true_positive_rate(epsilon, header.delta, 0.01),
+        max_true_positive_rate_at_1pct_fpr_pld=max_true_positive_rate_of_run([phase], 0.01),
+        release_epsilon=sum(state.release_epsilons) or None,
+    )
+
+
+def _adversarial(recipe: Recipe) -> AdversarialStatement | None:
+    settings = recipe.adversarial
+    if settings.method == "none":
+        return None
+    return AdversarialStatement(
+        method=settings.method,
+        norm=settings.norm,
+        radius=settings.radius,
+        step_size=settings.step_size,
+        steps=settings.steps,
+    )
+
+
+def _training_curves(run: RunFolder) -> list[TrainingCurve]:
+    """Read the curves from ``metrics.jsonl``; of a step that was run twice the later line counts."""
+    curves = []
+    for subject in TRAINING_STAGES:
+        lines = {line["step"]: line for line in run.read_metrics() if line.get("stage") == subject}
+        if not lines:
+            continue
+        ordered = [lines[step] for step in sorted(lines)]
+        epsilon = [line["epsilon"] for line in ordered]
+        curves.append(
+            TrainingCurve(
+                subject=subject,
+                steps=[line["step"] for line in ordered],
+                loss=[line["loss"] for line in ordered],
+                epsilon=None if None in epsilon else epsilon,
+            )
+        )
+    return curves
+
+
+def _device_name(base: "BaseModel") -> str:
+    if base.device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(base.device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "CPU"
+
+
+def _peak_memory_bytes() -> int:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,244 @@
+"""Train one model of a run and seal it: the plain fine-tune, or the private and hardened model."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from securetune.config.loader import recipe_digest
+from securetune.config.schema import Recipe
+from securetune.errors import PrivacyError
+from securetune.models.adapters import WEIGHTS_FILE, adapt, adapter_files, load_adapter
+from securetune.models.base import BaseModel, load_base
+from securetune.models.task import ClassifyHead, GenerateHead
+from securetune.privacy.ledger import Ledger, LedgerHeader
+from securetune.privacy.noise import NoiseSource
+from securetune.privacy.per_sample import PerSampleGradients
+from securetune.privacy.sampling import PoissonSampler
+from securetune.privacy.step import OrdinaryStep, PrivateStep
+from securetune.training.access import Access, forget
+from securetune.training.folder import RunFolder
+from securetune.training.loop import Adversary, Head, StepResult, Trainer, activate_dropout, make_optimizer
+from securetune.training.plan import Plan
+from securetune.training.prepare import PreparedData
+from securetune.training.progress import TrainingProgress
+from securetune.training.state import load_state, save_state
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Subject = Literal["base", "plain", "hardened"]
+Log = Callable[[dict[str, Any]], None]
+
+
+def checkpoint_of(run: RunFolder, subject: Subject) -> Path:
+    """Return the folder of a trained model's sealed checkpoint; the plain fine-tune's is for measuring only."""
+    return run.checkpoint if subject == "hardened" else run.work / subject
+
+
+def fine_tune(
+    subject: Literal["plain", "hardened"],
+    recipe: Recipe,
+    run: RunFolder,
+    access: Access,
+    data: PreparedData,
+    plan: Plan,
+    *,
+    log: Log | None = None,
+) -> None:
+    """Train a model and seal it; go on where a killed run stopped.
+
+    The plain fine-tune has the same steps, batches and optimizer, without privacy and without adversarial training.
+
+    Guarantees:
+        Every private step is in the ledger before its noise is released. A resumed run draws new keys for noise and
+        sampling; steps that were charged but not saved are lost, so the run has fewer steps and never more epsilon.
+
+    Args:
+        subject: Which model.
+        recipe: The recipe.
+        run: The run's folder.
+        access: The run's keys.
+        data: The private data.
+        plan: The calibrated plan.
+        log: Receives the numbers of each step, for trackers.
+
+    Raises:
+        PrivacyError: If the model cannot be trained privately, or the whole budget was charged before anything was saved.
+    """
+    if run.has(f"trained_{subject}"):
+        return
+    base = load_base(recipe.model)
+    model = adapt(base.model, recipe.training.lora, seed=recipe.seed)
+    head = make_head(recipe, model, base)
+    grads = PerSampleGradients(model)
+    optimizer = make_optimizer(recipe, grads)
+    state = run.work / f"{subject}-state"
+    steps_done, lineage = 0, {}
+    if (state / "vault.json").is_file():
+        steps_done, lineage = load_state(state, access, grads, optimizer)
+    is_private = subject == "hardened" and plan.privacy is not None
+    sampler = PoissonSampler(len(data.train), recipe.privacy.sample_rate)
+    with contextlib.ExitStack() as stack:
+        ledger, step = None, OrdinaryStep(grads, optimizer, expected_batch_size=recipe.privacy.expected_batch_size)
+        if is_private:
+            ledger, step = _private_step(recipe, run, plan, grads, optimizer, sampler)
+            stack.enter_context(ledger)
+        trainer = Trainer(
+            head,
+            step,
+            sampler,
+            data.train,
+            micro_batch_tokens=recipe.training.micro_batch_tokens,
+            adversary=_adversary(subject, recipe, head),
+        )
+        trainer.check()
+        activate_dropout(model)
+        sealer = stack.enter_context(access.sealer(**lineage))
+        _run_steps(
+            subject, recipe, run, plan, trainer, ledger=ledger, steps_done=steps_done, log=log,
+            save=None if access.passphrase is None else lambda done: save_state(state, sealer, grads, optimizer, steps_done=done),
+        )  # fmt: skip
+        model.eval()
+        _refuse_unmoved(grads)
+        public_files = {"ledger.jsonl": run.ledger.read_bytes()} if ledger is not None else {}
+    with access.sealer() as final:
+        manifest = final.seal(
+            checkpoint_of(run, subject),
+            {"adapter": adapter_files(model, base_name=base.name)},
+            public_files=public_files,
+            metadata=_metadata(recipe, base),
+        )
+    run.save(f"trained_{subject}", {"manifest": manifest.digest})
+    forget(state)
+
+
+def open_model(subject: Subject, recipe: Recipe, run: RunFolder, access: Access) -> tuple[Head, BaseModel, str]:
+    """Load a model as it was sealed, ready to be measured.
+
+    Args:
+        subject: Which model.
+        recipe: The recipe.
+        run: The run's folder.
+        access: The run's keys.
+
+    Returns:
+        The model's head, its base, and the SHA-256 of what makes the model what it is.
+    """
+    base = load_base(recipe.model)
+    if subject == "base":
+        return make_head(recipe, base.model, base), base, base.digest
+    with access.open(checkpoint_of(run, subject)) as vault:
+        files = {name: vault.read("adapter", name) for name in vault.names("adapter")}
+    model = load_adapter(base.model, files)
+    digest = hashlib.sha256(bytes.fromhex(base.digest) + files[WEIGHTS_FILE]).hexdigest()
+    return make_head(recipe, model, base), base, digest
+
+
+def make_head(recipe: Recipe, model: "nn.Module", base: BaseModel) -> Head:
+    """Put the recipe's task on a model.
+
+    Args:
+        recipe: The recipe.
+        model: The base model, or the same with adapters.
+        base: The loaded base.
+
+    Returns:
+        The head.
+    """
+    if recipe.task == "classify":
+        return ClassifyHead(model, base.tokenizer, recipe.data.words, prompt=recipe.data.prompt)
+    return GenerateHead(model)
+
+
+def _private_step(
+    recipe: Recipe,
+    run: RunFolder,
+    plan: Plan,
+    grads: PerSampleGradients,
+    optimizer: torch.optim.Optimizer,
+    sampler: PoissonSampler,
+) -> tuple[Ledger, PrivateStep]:
+    assert plan.privacy is not None
+    noise = NoiseSource()
+    reportable = noise.reportable_epsilon and sampler.reportable_epsilon
+    ledger = Ledger(run.ledger, LedgerHeader.from_plan(plan.privacy, reportable_epsilon=reportable))
+    step = PrivateStep(
+        grads,
+        optimizer,
+        max_grad_norm=recipe.privacy.max_grad_norm,
+        noise_multiplier=plan.privacy.noise_multiplier,
+        expected_batch_size=recipe.privacy.expected_batch_size,
+        noise=noise,
+        ledger=ledger,
+    )
+    return ledger, step
+
+
+def _adversary(subject: str, recipe: Recipe, head: Head) -> Adversary | None:
+    if subject == "plain" or recipe.adversarial.method == "none":
+        return None
+    return Adversary(head, recipe.adversarial, seed=recipe.seed)
+
+
+def _run_steps(
+    subject: str,
+    recipe: Recipe,
+    run: RunFolder,
+    plan: Plan,
+    trainer: Trainer,
+    *,
+    ledger: Ledger | None,
+    steps_done: int,
+    log: Log | None,
+    save: Callable[[int], None] | None,
+) -> None:
+    planned = recipe.privacy.steps
+    remaining = planned - steps_done if ledger is None else ledger.remaining_steps
+    if remaining == 0 and steps_done == 0:
+        raise PrivacyError(
+            f"all {planned} planned steps are charged in {run.ledger}, but no training state was saved before the run was stopped, "
+            "so nothing is left to train with. Start a new run in another folder (its epsilon adds to this one's)."
+        )
+    with TrainingProgress(subject, total=planned, done=planned - remaining) as progress:
+        for number in range(planned - remaining + 1, planned + 1):
+            result = trainer.run_step(number)
+            steps_done += 1
+            if save is not None and (number % recipe.training.save_every == 0 or number == planned):
+                save(steps_done)
+            epsilon = None
+            if ledger is not None and plan.privacy is not None:
+                epsilon = plan.privacy.curve.at(ledger.steps_charged)
+            progress.update(result, epsilon=epsilon)
+            values = {
+                "stage": subject,
+                "step": number,
+                "loss": result.loss,
+                "num_samples": result.num_samples,
+                "clipped_fraction": result.clipped_fraction,
+                "tokens_per_second": result.num_tokens / result.seconds,
+                "epsilon": epsilon,
+            }
+            run.log_metrics(values)
+            if log is not None:
+                log(values)
+
+
+def _refuse_unmoved(grads: PerSampleGradients) -> None:
+    """LoRA starts with ``B = 0``: adapters that are still zero were never trained."""
+    if not any(bool(layer.b.abs().max() > 0) for layer in grads.layers):
+        raise PrivacyError("the adapters did not move: nothing was learnt. Check the learning rate and the data.")
+
+
+def _metadata(recipe: Recipe, base: BaseModel) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "task": recipe.task,
+        "recipe_digest": recipe_digest(recipe),
+        "base": {"name": base.name, "digest": base.digest, "dtype": str(base.dtype).removeprefix("torch.")},
+    }
+    if recipe.task == "classify":
+        metadata |= {"prompt": recipe.data.prompt, "labels": list(recipe.data.labels), "label_words": recipe.data.words}
+    return metadata

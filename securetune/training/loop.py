@@ -1,0 +1,222 @@
+"""The training loop: Poisson sample, micro-batches, per-sample perturbation, per-sample losses, one step."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from securetune.adversarial.embedding import attack_mode, mean_embedding_norm, perturb, sample_seeds
+from securetune.config.schema import AdversarialConfig, Recipe
+from securetune.data.collate import Batch, collate, length_buckets
+from securetune.data.encode import Example
+from securetune.errors import MachineError
+from securetune.models.task import ClassifyHead, GenerateHead
+from securetune.privacy.per_sample import PerSampleGradients
+from securetune.privacy.sampling import PoissonSampler
+from securetune.privacy.step import OrdinaryStep, PrivateStep
+
+Head = ClassifyHead | GenerateHead
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. Everything but ``step`` is an un-noised statistic of private data.
+
+    Attributes:
+        step: Number of the step, from 1.
+        loss: Mean loss over the samples drawn, under attack where training is adversarial; None if none was drawn.
+        num_samples: Samples drawn.
+        num_tokens: Tokens, padding included.
+        clipped_fraction: Share of samples whose gradient was longer than the clipping norm; None without clipping.
+        seconds: Wall-clock time.
+    """
+
+    step: int
+    loss: float | None
+    num_samples: int
+    num_tokens: int
+    clipped_fraction: float | None
+    seconds: float
+
+
+class Adversary:
+    """Perturbs each sample's embeddings inside a ball, towards higher loss, during training.
+
+    Args:
+        head: The model under attack, with its task.
+        config: The recipe's ``adversarial`` section; its lengths are multiples of the mean embedding norm.
+        seed: Start of the attacks; sample, step and seed decide a start, never the other samples.
+    """
+
+    def __init__(self, head: Head, config: AdversarialConfig, *, seed: int) -> None:
+        self._head = head
+        self._config = config
+        self._seed = seed
+        self._unit = mean_embedding_norm(head.causal)
+
+    def perturb(self, embeds: Tensor, batch: Batch, *, step: int) -> Tensor:
+        """Return the perturbed embeddings.
+
+        Args:
+            embeds: ``[B, T, D]``, the model's dtype: the clean embeddings.
+            batch: Their batch.
+            step: The training step.
+
+        Returns:
+            ``[B, T, D]``, same dtype, without a graph.
+        """
+        config = self._config
+        with attack_mode(self._head.model):
+            result = perturb(
+                lambda perturbed: self._head.losses(perturbed, batch),
+                embeds.detach(),
+                batch.attack_mask.to(embeds.device),
+                norm=config.norm,
+                radius=config.radius * self._unit,
+                steps=config.steps,
+                step_size=None if config.step_size is None else config.step_size * self._unit,
+                random_start=sample_seeds(batch.unit_ids, seed=self._seed, step=step),
+            )
+        return embeds.detach() + result.delta
+
+
+class Trainer:
+    """Runs steps over the private examples, one at a time, so that its caller can save, show and stop between them.
+
+    Args:
+        head: The model with its adapters, and its task.
+        step: Ordinary or private.
+        sampler: Draws each step's samples.
+        examples: The training examples, one per privacy unit.
+        micro_batch_tokens: Most tokens, padding included, in one pass.
+        adversary: None trains on clean embeddings.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        step: OrdinaryStep,
+        sampler: PoissonSampler,
+        examples: Sequence[Example],
+        *,
+        micro_batch_tokens: int,
+        adversary: Adversary | None = None,
+    ) -> None:
+        self._head = head
+        self._step = step
+        self._sampler = sampler
+        self._examples = examples
+        self._micro_batch_tokens = micro_batch_tokens
+        self._adversary = adversary
+
+    def check(self) -> None:
+        """Compare per-sample gradients with ordinary autograd on two examples, before anything is trained.
+
+        Raises:
+            PrivacyError: If they differ, or if the loss couples samples.
+        """
+        batch_examples = list(self._examples[:2])
+
+        def losses_of(rows: list[int]) -> Tensor:
+            batch = collate([batch_examples[row] for row in rows]).to(self._device)
+            return self._head.losses(self._head.embed(batch), batch)
+
+        self._step.grads.check(losses_of, len(batch_examples))
+
+    def run_step(self, number: int) -> StepResult:
+        """Draw a sample, accumulate its gradients, update.
+
+        Args:
+            number: Number of the step, from 1.
+
+        Returns:
+            What happened.
+
+        Raises:
+            PrivacyError: If the budget is spent.
+            MachineError: If memory runs out; the step is then not charged.
+        """
+        started = time.monotonic()
+        drawn = [self._examples[index] for index in self._sampler.draw(number)]
+        losses: list[Tensor] = []
+        num_tokens = num_clipped = 0
+        for bucket in length_buckets(drawn, self._micro_batch_tokens):
+            batch = collate([drawn[index] for index in bucket]).to(self._device)
+            num_tokens += batch.input_ids.numel()
+            with _out_of_memory_advice():
+                micro_losses = self._losses(batch, number)
+                norms = self._step.accumulate(micro_losses)
+            losses.append(micro_losses.detach())
+            if isinstance(self._step, PrivateStep):
+                num_clipped += int((norms > self._step.max_grad_norm).sum())
+        self._step.finish()
+        mean_loss = float(torch.cat(losses).mean()) if losses else None
+        is_private = isinstance(self._step, PrivateStep)
+        return StepResult(
+            step=number,
+            loss=mean_loss if mean_loss is not None and math.isfinite(mean_loss) else None,
+            num_samples=len(drawn),
+            num_tokens=num_tokens,
+            clipped_fraction=num_clipped / len(drawn) if drawn and is_private else None,
+            seconds=time.monotonic() - started,
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return self._step.grads.flat_params.device
+
+    def _losses(self, batch: Batch, number: int) -> Tensor:
+        embeds = self._head.embed(batch)
+        if self._adversary is not None:
+            embeds = self._adversary.perturb(embeds, batch, step=number)
+        return self._head.losses(embeds, batch)
+
+
+def make_optimizer(recipe: Recipe, grads: PerSampleGradients) -> torch.optim.AdamW:
+    """Make the recipe's AdamW over the flat adapter vector.
+
+    Args:
+        recipe: The recipe.
+        grads: Owner of the flat vector.
+
+    Returns:
+        The optimizer.
+    """
+    settings = recipe.training
+    return torch.optim.AdamW(
+        [grads.flat_params],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def activate_dropout(model: nn.Module) -> None:
+    """Switch on the adapters' dropout and nothing else: the frozen base stays in evaluation mode.
+
+    Args:
+        model: A peft model.
+    """
+    model.eval()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" in name:
+            module.train()
+
+
+@contextlib.contextmanager
+def _out_of_memory_advice() -> Iterator[None]:
+    """Turn an out-of-memory error into one that names the remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            raise MachineError(
+                "memory ran out in a training step. Lower training.micro_batch_tokens (the result does not depend on it), "
+                "data.max_length or training.lora.rank."
+            ) from error
+        raise

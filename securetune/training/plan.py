@@ -1,0 +1,236 @@
+"""The plan: noise, budget, time and memory of a run, printed before anything is spent."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from securetune.config.schema import Recipe
+from securetune.privacy.accounting import PrivacyPlan, PrivacySpec, plan_privacy
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from securetune.models.base import BaseModel
+
+UNIT = "one record; a person with several records is not covered"
+_MODELS_EVALUATED = 3  # base, plain, hardened
+_PROBE_ROWS = 16
+# Activations that autograd keeps, in numbers per token and layer: measured on Llama-shaped models as about 18 vectors of
+# the hidden size and 6 of the feed-forward size.
+_HIDDEN_VECTORS, _FEED_FORWARD_VECTORS = 18, 6
+_PROCESS_BYTES = 900 << 20  # Python, torch and transformers themselves
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predicted cost of a run on this machine.
+
+    Attributes:
+        seconds: Predicted wall-clock seconds by stage.
+        memory_bytes: Predicted peak memory of the process.
+        tokens_per_record: Mean length assumed.
+        forward_ms_per_token: Measured, milliseconds.
+        training_ms_per_token: Measured forward and backward, milliseconds.
+    """
+
+    seconds: dict[str, float]
+    memory_bytes: int
+    tokens_per_record: float
+    forward_ms_per_token: float
+    training_ms_per_token: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and cost.
+
+    Attributes:
+        recipe: The recipe.
+        privacy: The calibrated mechanism; None for a run without privacy.
+        estimate: Time and memory on this machine.
+    """
+
+    recipe: Recipe
+    privacy: PrivacyPlan | None
+    estimate: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON can hold it."""
+        privacy = None
+        if self.privacy is not None:
+            spec = asdict(self.privacy.spec)
+            privacy = {
+                **spec,
+                "unit": UNIT,
+                "neighbouring_relation": "add or remove one record",
+                "sampler": "Poisson",
+                "accountant": self.privacy.accountant,
+                "noise_multiplier": self.privacy.noise_multiplier,
+                "epsilon": self.privacy.epsilon,
+                "rdp_epsilon": self.privacy.rdp_epsilon,
+                "max_tpr_at_1pct_fpr": self.privacy.max_tpr_at_1pct_fpr,
+                "max_tpr_at_1pct_fpr_pld": self.privacy.max_tpr_at_1pct_fpr_pld,
+                "curve": {"steps": self.privacy.curve.steps, "epsilon": self.privacy.curve.epsilons},
+                "uncounted": "settings tuned on the private data are not counted in epsilon",
+            }
+        return {
+            "name": self.recipe.name,
+            "task": self.recipe.task,
+            "model": self.recipe.model.name,
+            "privacy": privacy,
+            "estimate": asdict(self.estimate),
+        }
+
+    def render(self) -> "Group":
+        """Return the plan as rich tables for a terminal."""
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(title=f"Plan of {self.recipe.name}", show_header=False, title_justify="left")
+        table.add_column(style="bold")
+        table.add_column()
+        for label, text in self._rows():
+            table.add_row(label, text)
+        return Group(table)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = [("task", f"{self.recipe.task}, base model {self.recipe.model.name}")]
+        if self.privacy is None:
+            rows.append(("privacy", "OFF: nothing is promised about any record"))
+        else:
+            spec, plan = self.privacy.spec, self.privacy
+            rows += [
+                ("privacy unit", UNIT),
+                ("neighbours", f"add or remove one record; Poisson sampling; {plan.accountant}"),
+                ("epsilon", f"{plan.epsilon:.3f} of {spec.target_epsilon:g} at delta = {spec.delta:g} (RDP cross-check {plan.rdp_epsilon:.2f})"),
+                ("noise", f"sigma {plan.noise_multiplier:.4f} x clipping norm {spec.max_grad_norm:g}"),
+                ("steps", f"{spec.steps}, expected batch {spec.expected_batch_size}, sample rate {spec.sample_rate:g}"),
+                (
+                    "what that means",
+                    "no membership attack can find more than "
+                    f"{plan.max_tpr_at_1pct_fpr_pld:.1%} of the members at 1 % false alarms (by (epsilon, delta) alone: {plan.max_tpr_at_1pct_fpr:.1%})",
+                ),
+                ("not counted", "settings tuned on the private data, and the decision to publish"),
+            ]
+        total = sum(self.estimate.seconds.values())
+        stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.estimate.seconds.items())
+        rows += [
+            ("time", f"about {total / 60:.1f} min on this machine ({stages})"),
+            ("memory", f"about {self.estimate.memory_bytes / 2**30:.1f} GiB"),
+        ]
+        return rows
+
+
+def make_plan(recipe: Recipe, *, base: "BaseModel | None" = None, tokens_per_record: float | None = None) -> Plan:
+    """Calibrate the noise and predict time and memory.
+
+    Args:
+        recipe: The recipe.
+        base: The loaded base model; None loads it.
+        tokens_per_record: Mean record length; None assumes half of ``data.max_length``.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PrivacyError: If no noise reaches the target.
+        MachineError: If the model is not here.
+    """
+    privacy = plan_privacy(privacy_spec(recipe)) if recipe.privacy.enabled else None
+    if base is None:
+        from securetune.models.base import load_base
+
+        base = load_base(recipe.model)
+    tokens = tokens_per_record or recipe.data.max_length / 2
+    return Plan(recipe, privacy, _estimate(recipe, base, tokens))
+
+
+def privacy_spec(recipe: Recipe) -> PrivacySpec:
+    """Take the privacy constants out of a recipe.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        What the accountant calibrates for.
+    """
+    settings = recipe.privacy
+    return PrivacySpec(
+        target_epsilon=settings.target_epsilon,
+        delta=settings.delta,
+        sample_rate=settings.sample_rate,
+        steps=settings.steps,
+        max_grad_norm=settings.max_grad_norm,
+        expected_batch_size=settings.expected_batch_size,
+    )
+
+
+def _estimate(recipe: Recipe, base: "BaseModel", tokens: float) -> Estimate:
+    forward, training = _measure(base, max(8, round(tokens)))
+    drawn = recipe.privacy.steps * recipe.privacy.expected_batch_size * tokens
+    passes = 1 if recipe.adversarial.method == "none" else 1 + recipe.adversarial.steps
+    settings = recipe.evaluation
+    judged = (settings.num_texts + settings.num_membership) * tokens * forward
+    if recipe.task == "classify":
+        pgd = settings.num_attacked * len(settings.pgd_radii) * settings.pgd_steps * tokens * training
+        judged += pgd + settings.num_attacked * settings.character_queries * tokens * forward
+    return Estimate(
+        seconds={
+            "plain fine-tune": drawn * training,
+            "hardened training": drawn * passes * training,
+            "evaluation of three models": judged * _MODELS_EVALUATED,
+        },
+        memory_bytes=_memory(recipe, base, tokens),
+        tokens_per_record=tokens,
+        forward_ms_per_token=forward * 1e3,
+        training_ms_per_token=training * 1e3,
+    )
+
+
+def _measure(base: "BaseModel", tokens: int) -> tuple[float, float]:
+    """Time the decoder on one small batch: seconds per token forward, and forward with backward."""
+    decoder = base.model.get_decoder()
+    width = base.model.get_input_embeddings().weight.shape[1]
+    embeds = torch.zeros(_PROBE_ROWS, tokens, width, dtype=base.dtype, device=base.device)
+
+    def once(with_backward: bool) -> float:
+        started = time.perf_counter()
+        with torch.set_grad_enabled(with_backward):
+            hidden = decoder(inputs_embeds=embeds.requires_grad_(with_backward), use_cache=False).last_hidden_state
+            if with_backward:
+                torch.autograd.grad(hidden.float().sum(), embeds)
+        if base.device.type == "cuda":
+            torch.cuda.synchronize(base.device)
+        return (time.perf_counter() - started) / embeds.shape[:2].numel()
+
+    for with_backward in (True, False):
+        once(with_backward)
+    return min(once(False) for _ in range(2)), min(once(True) for _ in range(2))
+
+
+def _memory(recipe: Recipe, base: "BaseModel", tokens: float) -> int:
+    config = base.model.config.get_text_config()
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
+    item = base.dtype.itemsize
+    per_token = layers * (_HIDDEN_VECTORS * hidden + _FEED_FORWARD_VECTORS * feed_forward) * item
+    weights = sum(parameter.numel() for parameter in base.model.parameters()) * item
+    rows = max(1, recipe.training.micro_batch_tokens // max(1, round(tokens)))
+    per_sample = 4 * rows * _adapter_parameters(recipe, base)
+    return int(_PROCESS_BYTES + weights + recipe.training.micro_batch_tokens * per_token + per_sample)
+
+
+def _adapter_parameters(recipe: Recipe, base: "BaseModel") -> int:
+    lora = recipe.training.lora
+    total = 0
+    output = base.model.get_output_embeddings()
+    for name, module in base.model.named_modules():
+        weight = getattr(module, "weight", None)
+        is_linear = isinstance(weight, torch.Tensor) and weight.ndim == 2 and module is not output
+        if not is_linear or isinstance(module, torch.nn.Embedding):
+            continue
+        if lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules:
+            total += lora.rank * sum(weight.shape)
+    return total

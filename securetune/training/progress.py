@@ -1,0 +1,63 @@
+"""What a person sees while a model trains: loss, tokens per second and the epsilon spent."""
+
+import sys
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from securetune.training.loop import StepResult
+
+
+class TrainingProgress:
+    """A progress bar on a terminal, one line per step elsewhere.
+
+    Args:
+        title: What is trained.
+        total: Planned steps.
+        done: Steps already done, in a resumed run.
+    """
+
+    def __init__(self, title: str, *, total: int, done: int = 0) -> None:
+        self._title = title
+        self._total = total
+        self._console = Console()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(title, total=total, completed=done, numbers="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, result: StepResult, *, epsilon: float | None) -> None:
+        """Show a finished step.
+
+        Args:
+            result: The step.
+            epsilon: Epsilon spent so far; None without privacy.
+        """
+        loss = "loss -" if result.loss is None else f"loss {result.loss:.3f}"
+        spent = "no privacy" if epsilon is None else f"epsilon {epsilon:.2f}"
+        numbers = f"{loss}  {result.num_tokens / max(result.seconds, 1e-9):,.0f} tokens/s  {spent}"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=1, numbers=numbers)
+        else:
+            self._console.print(f"{self._title}  step {result.step}/{self._total}  {numbers}", highlight=False)

@@ -1,0 +1,76 @@
+"""Shared by all tests: Triton's interpreter where there is no GPU, the ``gpu`` marker, poisoned kernel memory."""
+
+import importlib
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# must be set before the first `import triton`
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# triton 3.10 changes the default; results must repeat from one version to the next
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+KERNEL_MODULES = (
+    "securetune_kernels.clip_and_accumulate.triton_kernels",
+    "securetune_kernels.pgd_step.triton_kernels",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker, so that the tests also run without the project's configuration file."""
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped elsewhere")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+class PoisonedTorch:
+    """Stands for the module ``torch``, but ``empty`` and ``empty_like`` return NaN instead of whatever was there."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    def empty(self, *size: object, **options: object) -> torch.Tensor:
+        """Allocate like ``torch.empty`` and fill with NaN."""
+        return poison(torch.empty(*size, **options))  # type: ignore[call-overload]
+
+    def empty_like(self, tensor: torch.Tensor, **options: object) -> torch.Tensor:
+        """Allocate like ``torch.empty_like`` and fill with NaN."""
+        return poison(torch.empty_like(tensor, **options))  # type: ignore[call-overload]
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill floating-point memory with NaN, and integer memory with its largest number."""
+    value = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+    return tensor.fill_(value)
+
+
+@pytest.fixture(scope="session")
+def poisoned_memory() -> Iterator[None]:
+    """Make every output a kernel launcher allocates NaN, so that an element left unwritten is seen."""
+    pytest.importorskip("triton")
+    patch = pytest.MonkeyPatch()
+    for module in KERNEL_MODULES:
+        # by object: the attribute clip_and_accumulate of the package is the function, not the folder
+        patch.setattr(importlib.import_module(module), "torch", PoisonedTorch())
+    yield
+    patch.undo()
+
+
+# The interpreter is off where there is a GPU, so kernels are tested in one place or the other.
+KERNEL_DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(scope="session", params=KERNEL_DEVICES)
+def kernel_device(request: pytest.FixtureRequest, poisoned_memory: None) -> torch.device:
+    """Where Triton kernels are tested: compiled on a GPU, else in the interpreter on a CPU."""
+    return torch.device(request.param)

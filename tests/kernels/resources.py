@@ -1,0 +1,189 @@
+"""Compile every kernel for chips that are not here, and report registers, spills and shared memory.
+
+    python tests/kernels/resources.py [--markdown]
+
+prints JSON, or the table of ``kernels/README.md``. It must run without ``TRITON_INTERPRET``: a kernel decorated while
+that is set is an interpreter object and cannot be compiled. Hence a script of its own, which the tests start.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+ALIGNED = [["tt.divisibility", 16]]
+CLIP = "securetune_kernels.clip_and_accumulate.triton_kernels"
+PGD = "securetune_kernels.pgd_step.triton_kernels"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One kernel with the constants and types of a real launch."""
+
+    module: str
+    kernel: str
+    label: str
+    tensors: dict[str, str]  # pointer arguments, all 16-byte aligned
+    numbers: dict[str, str]  # other arguments
+    constants: dict[str, int | bool]
+    num_warps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What the compiler made of a variant on one target."""
+
+    kernel: str
+    label: str
+    target: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the launches that the ops make for models of today."""
+    clip = importlib.import_module(CLIP)
+    for dtype in ("fp32", "bf16", "fp16"):
+        yield Variant(
+            CLIP, "_partial_squares_kernel", dtype,
+            {"grads_ptr": f"*{dtype}", "valid_ptr": "*u8", "partials_ptr": "*fp32"},
+            {"num_params": "i32", "row_stride": "i32", "valid_stride": "i32", "columns_per_split": "i32"},
+            {"col_stride": 1, "HAS_VALID": True, "BLOCK": clip.BLOCK_SQUARES}, clip.SQUARES_WARPS,
+        )  # fmt: skip
+        for tile in (clip.WIDE_TILE, clip.NARROW_TILE):
+            yield Variant(
+                CLIP, "_clipped_sum_kernel", f"{dtype}, {tile[0]} x {tile[1]}",
+                {"grads_ptr": f"*{dtype}", "factors_ptr": "*fp32", "accumulator_ptr": "*fp32"},
+                {"num_samples": "i32", "num_params": "i32", "row_stride": "i32"},
+                {"col_stride": 1, "accumulator_stride": 1, "BLOCK_COLS": tile[0], "BLOCK_ROWS": tile[1]},
+                clip.SUM_WARPS,
+            )  # fmt: skip
+    yield Variant(
+        CLIP, "_clip_factors_kernel", f"{clip.MAX_SPLITS} splits",
+        {"partials_ptr": "*fp32", "valid_ptr": "*u8", "norms_ptr": "*fp32", "factors_ptr": "*fp32"},
+        {"num_splits": "i32", "valid_stride": "i32", "max_grad_norm": "fp32"},
+        {"HAS_VALID": True, "BLOCK_SPLITS": clip.MAX_SPLITS}, 4,
+    )  # fmt: skip
+    yield from _pgd_variants()
+
+
+def _pgd_variants() -> Iterator[Variant]:
+    pgd = importlib.import_module(PGD)
+    inputs = ("num_tokens", "num_embed", "delta_sample_stride", "delta_token_stride", "grad_sample_stride",
+              "grad_token_stride", "mask_sample_stride")  # fmt: skip
+    sizes = dict.fromkeys(inputs, "i32")
+    last_strides = {"delta_embed_stride": 1, "grad_embed_stride": 1, "mask_token_stride": 1}
+    limits = dict.fromkeys(("limit", "relative_rounding", "absolute_rounding"), "fp32")
+    for dtype, embed in (("fp32", 1024), ("bf16", 4096), ("fp16", 4096), ("bf16", 16_384)):
+        warps = pgd.warps_for(embed)
+        tensors = {"delta_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "mask_ptr": "*u8"}
+        for is_linf, is_sign in ((False, False), (False, True), (True, False), (True, True)):
+            label = f"{dtype}, D={embed}, {'linf' if is_linf else 'l2'}, {'sign' if is_sign else 'normalised'}"
+            constants = {**last_strides, "IS_LINF": is_linf, "IS_SIGN": is_sign, "BLOCK_EMBED": embed}
+            yield Variant(
+                PGD, "_token_kernel", label, {**tensors, "out_ptr": f"*{dtype}"},
+                {**sizes, "step_size": "fp32", **limits}, constants, warps,
+            )  # fmt: skip
+        constants = {**last_strides, "IS_SIGN": False, "BLOCK_EMBED": embed}
+        yield Variant(
+            PGD, "_token_sums_kernel", f"{dtype}, D={embed}", {**tensors, "sums_ptr": "*fp32"},
+            {**sizes, "step_size": "fp32", "unit": "fp32"}, constants, warps,
+        )  # fmt: skip
+        yield Variant(
+            PGD, "_apply_sample_factors_kernel", f"{dtype}, D={embed}",
+            {**tensors, "factors_ptr": "*fp32", "out_ptr": f"*{dtype}"}, sizes, constants, warps,
+        )  # fmt: skip
+    yield Variant(
+        PGD, "_sample_factors_kernel", "", {"sums_ptr": "*fp32", "factors_ptr": "*fp32"},
+        {"num_tokens": "i32", "step_size": "fp32", "unit": "fp32", **limits},
+        {"IS_SIGN": False, "BLOCK_TOKENS": pgd.BLOCK_TOKENS}, 4,
+    )  # fmt: skip
+
+
+def compile_variant(variant: Variant, target: str) -> Resources:
+    """Compile one variant for one target and read what it needs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(importlib.import_module(variant.module), variant.kernel)
+    names: list[str] = function.arg_names
+    types = {**variant.tensors, **variant.numbers, **dict.fromkeys(variant.constants, "constexpr")}
+    if set(types) != set(names):
+        raise ValueError(f"{variant.kernel}: arguments {sorted(set(types) ^ set(names))} do not match the kernel's.")
+    source = ASTSource(
+        function,
+        {name: types[name] for name in names},
+        {(names.index(name),): value for name, value in variant.constants.items()},
+        {(names.index(name),): ALIGNED for name in variant.tensors},
+    )
+    is_amd = target.startswith("gfx")
+    chip = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=chip, options={"num_warps": variant.num_warps})
+    read = _amd_registers if is_amd else _nvidia_registers
+    registers, spilled = read(compiled.asm)
+    return Resources(variant.kernel, variant.label, target, registers, spilled, compiled.metadata.shared)
+
+
+def _nvidia_registers(asm) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def _amd_registers(asm) -> tuple[int, int]:
+    text = asm["amdgcn"]
+    usage = {name: int(value) for name, value in re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", text)}
+    spilled = 4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"]) + usage["private_segment_fixed_size"]
+    return usage["vgpr_count"], spilled
+
+
+def markdown(rows: list[Resources]) -> str:
+    """Return one line per variant, one column per target: registers, and shared memory where there is any."""
+    lines = ["| kernel | variant | " + " | ".join(TARGETS) + " |", "|---|---|" + "---|" * len(TARGETS)]
+    by_variant: dict[tuple[str, str], dict[str, Resources]] = {}
+    for row in rows:
+        by_variant.setdefault((row.kernel, row.label), {})[row.target] = row
+    for (kernel, label), targets in by_variant.items():
+        cells = []
+        for target in TARGETS:
+            found = targets[target]
+            spilled = f" **{found.spilled_bytes} B spilled**" if found.spilled_bytes else ""
+            cells.append(f"{found.registers} / {found.shared_bytes} B{spilled}")
+        lines.append(f"| `{kernel}` | {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compile all variants and print what they need."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--markdown", action="store_true")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("resources.py: unset TRITON_INTERPRET, interpreted kernels cannot be compiled.")
+    # triton 3.10 changes the default; registers must not depend on the version's choice
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
+    rows = [compile_variant(variant, target) for variant in variants() for target in TARGETS]
+    print(markdown(rows) if options.markdown else json.dumps([dataclasses.asdict(row) for row in rows]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Which implementation runs: by name, by environment, by device."""
+
+import logging
+
+import pytest
+import torch
+
+from securetune_kernels import _backend
+from securetune_kernels._backend import resolve_backend
+
+CPU_TENSOR = torch.zeros(1)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    monkeypatch.delenv("SECURETUNE_BACKEND", raising=False)
+    _backend._log_choice_once.cache_clear()
+
+
+def test_auto_is_torch_on_a_cpu_even_with_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backend("auto", CPU_TENSOR, op="op") == "torch"
+
+
+def test_environment_decides_for_auto(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("SECURETUNE_BACKEND", "triton")
+    assert resolve_backend("auto", CPU_TENSOR, op="op") == "triton"
+
+
+def test_name_given_in_the_call_beats_the_environment(monkeypatch):
+    monkeypatch.setenv("SECURETUNE_BACKEND", "triton")
+    assert resolve_backend("torch", CPU_TENSOR, op="op") == "torch"
+
+
+def test_unknown_name_says_where_it_came_from(monkeypatch):
+    with pytest.raises(ValueError, match="backend must be 'auto', 'triton' or 'torch', got 'cuda'"):
+        resolve_backend("cuda", CPU_TENSOR, op="op")
+    monkeypatch.setenv("SECURETUNE_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="SECURETUNE_BACKEND must be"):
+        resolve_backend("auto", CPU_TENSOR, op="op")
+
+
+def test_triton_by_name_on_a_cpu_raises_with_the_remedy(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=r"op: backend='triton' cannot run: the tensor is on cpu. Use backend='torch'"):
+        resolve_backend("triton", CPU_TENSOR, op="op")
+
+
+def test_triton_by_name_without_triton_raises(monkeypatch):
+    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        resolve_backend("triton", CPU_TENSOR, op="op")
+
+
+def test_choice_is_logged_once_per_op(caplog):
+    with caplog.at_level(logging.DEBUG, logger=_backend.__name__):
+        for _ in range(3):
+            resolve_backend("auto", CPU_TENSOR, op="some_op")
+    assert [record.getMessage() for record in caplog.records] == ["some_op on cpu tensors runs on the torch backend."]

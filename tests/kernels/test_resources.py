@@ -1,0 +1,71 @@
+"""Ahead-of-time compilation of every kernel for four chips: nothing spills, and shared memory suffices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).with_name("resources.py")
+KERNELS = SCRIPT.parents[2] / "kernels"
+# shared memory of one block, in bytes
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# At 128 registers, 512 threads fit a multiprocessor (65,536 registers) with 16 warps or more of any kernel here.
+REGISTER_LIMIT = 128
+
+
+@pytest.fixture(scope="module")
+def resources():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    return json.loads(process.stdout)
+
+
+def offenders(resources, is_bad):
+    return [f"{row['kernel']} ({row['label']}) on {row['target']}: {row}" for row in resources if is_bad(row)]
+
+
+def test_nothing_spills(resources):
+    assert offenders(resources, lambda row: row["spilled_bytes"] > 0) == []
+
+
+def test_shared_memory_is_within_the_chips_limit(resources):
+    assert offenders(resources, lambda row: row["shared_bytes"] > SHARED_LIMIT[row["target"]]) == []
+
+
+def test_registers_leave_room_for_many_warps(resources):
+    assert offenders(resources, lambda row: row["registers"] > REGISTER_LIMIT) == []
+
+
+def test_every_kernel_is_compiled_for_every_target(resources):
+    from_source = set()
+    for path in KERNELS.glob("securetune_kernels/*/triton_kernels.py"):
+        lines = path.read_text().splitlines()
+        names = [line.split("(")[0].removeprefix("def ") for line in lines if line.startswith("def _")]
+        from_source |= {name for name in names if name.endswith("_kernel")}
+    compiled = {(row["kernel"], row["target"]) for row in resources}
+    assert compiled == {(kernel, target) for kernel in from_source for target in SHARED_LIMIT}
+
+
+def test_banned_block_pointers_are_not_used():
+    # triton's main branch has removed them
+    sources = {path: path.read_text() for path in KERNELS.rglob("*.py")}
+    assert [str(path) for path, text in sources.items() if "make_block_ptr" in text or "tl.advance" in text] == []
+
+
+def test_kernels_import_only_torch_and_triton():
+    allowed = {"torch", "triton", *sys.stdlib_module_names}
+    foreign = set()
+    for path in KERNELS.rglob("*.py"):
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]) and not words[1].startswith("."):
+                foreign |= {words[1].split(".")[0]} - allowed
+    assert foreign == set()

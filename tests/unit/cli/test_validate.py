@@ -1,0 +1,107 @@
+"""``validate``: the recipe and its data, without training."""
+
+import json
+
+import pytest
+
+from tests.sample_recipe import recipe_text
+from tests.tiny import tiny_folder
+
+ROWS = [{"text": f"text number {i}", "label": ("negative", "positive")[i % 4 == 0]} for i in range(100)]
+LABELS = ["negative", "positive"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def write_run(tmp_path, model_folder):
+    def write(rows=ROWS, **changes):
+        content = b"".join(
+            row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows
+        )
+        (tmp_path / "data.jsonl").write_bytes(content)
+        small = {
+            "model.name": str(model_folder),
+            "data.labels": LABELS,
+            "privacy.expected_batch_size": 8,
+            "privacy.sample_rate": 0.1,
+        }
+        dotted = {name.replace("__", "."): value for name, value in changes.items()}
+        (tmp_path / "run.yaml").write_text(recipe_text(small | dotted), encoding="utf-8")
+        return "run.yaml"
+
+    return write
+
+
+def test_counts_labels_and_lengths(run_cli, write_run):
+    outcome = run_cli("validate", write_run([*ROWS, ROWS[0]]))
+    assert outcome.code == 0, outcome.err
+    assert "records   101 read, 1 duplicates removed, 100 left" in outcome.out
+    assert "labels    negative 75 (75%), positive 25 (25%)" in outcome.out
+    assert "split     about 80 for training and 20 held out" in outcome.out
+    assert "0 truncated, 0 dropped" in outcome.out
+    assert "warning" not in outcome.out
+
+
+def test_private_data_smaller_than_the_expected_batch(run_cli, write_run):
+    outcome = run_cli("validate", write_run(privacy__expected_batch_size=81, privacy__sample_rate=0.5))
+    assert outcome.code == 2
+    assert (
+        "DataError: there are 80 training records, fewer than privacy.expected_batch_size = 81" in outcome.err
+    )
+
+
+def test_constants_far_from_the_data_are_named(run_cli, write_run):
+    outcome = run_cli("validate", write_run(privacy__sample_rate=0.5), "--skip-lengths")
+    assert outcome.code == 0
+    assert "privacy.sample_rate = 0.1 would match" in outcome.out
+
+
+def test_an_overlong_record_is_refused_or_truncated(run_cli, write_run):
+    rows = [*ROWS, {"text": "x" * 500, "label": "positive"}]
+    refused = run_cli("validate", write_run(rows))
+    assert refused.code == 2
+    assert "over data.max_length = 128 tokens" in refused.err
+    assert "xxx" not in refused.err
+    assert "1 truncated, 0 dropped" in run_cli("validate", write_run(rows, data__on_overlong="truncate")).out
+    assert "0 truncated, 1 dropped" in run_cli("validate", write_run(rows, data__on_overlong="drop")).out
+
+
+def test_a_label_word_of_several_tokens_is_refused(run_cli, write_run):
+    outcome = run_cli("validate", write_run(data__label_words=[" negative", " wonderful"]))
+    assert outcome.code == 2
+    assert "wonderful" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "empty"),
+        ([b"\n"], "no records"),
+        ([*ROWS, b'{"text": "\xff", "label": "positive"}\n'], "line 101: not valid UTF-8"),
+        ([{"text": "a", "label": "neutral"}], "labels that are not in data.labels: 'neutral'"),
+        ([{"text": "", "label": "positive"}], "text is empty"),
+        ([{"words": "a", "label": "positive"}], "text"),
+    ],
+)
+def test_unusable_data(run_cli, write_run, rows, message):
+    outcome = run_cli("validate", write_run(rows), "--skip-lengths")
+    assert outcome.code == 2
+    assert outcome.err.startswith("DataError: ")
+    assert message in outcome.err
+
+
+def test_missing_data_file(run_cli, write_run, tmp_path):
+    config = write_run()
+    (tmp_path / "data.jsonl").unlink()
+    outcome = run_cli("validate", config)
+    assert outcome.code == 2
+    assert "data.jsonl" in outcome.err
+
+
+def test_overrides_are_applied(run_cli, write_run):
+    outcome = run_cli("validate", write_run(), "--skip-lengths", "--set", "data.held_out_fraction=0.5")
+    assert "about 50 for training and 50 held out" in outcome.out

