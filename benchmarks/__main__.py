@@ -1,19 +1,30 @@
 """Run benchmarks: ``python -m benchmarks [NAME ...] [--json FILE] [--device auto|cpu|cuda] [--quick]``.
 
-Without a name, every benchmark that fits this machine runs. A ratio is value / baseline: below 1 is faster or smaller.
+Without a name, every benchmark that fits this machine runs. A ratio is value / baseline: below 1 is faster or
+smaller. ``--show FILE`` prints the table of an earlier run's file instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
 
 import torch
 
-from ._harness import Context, DoesNotFit, OutputsDiffer, Result, current_commit, device_name, package_versions, print_table
+from ._harness import (
+    Context,
+    DoesNotFit,
+    OutputsDiffer,
+    Result,
+    current_commit,
+    device_name,
+    package_versions,
+    print_table,
+)
 
 FOLDER = Path(__file__).resolve().parent
 PREFIX = "bench_"
@@ -41,6 +52,16 @@ def run_benchmark(name: str, context: Context, json_file: Path | None) -> list[R
     return results
 
 
+def show(json_file: Path) -> int:
+    """Print the table of a results file."""
+    if not json_file.exists():
+        print(f"--show {json_file}: no such file.", file=sys.stderr)
+        return EXIT_USAGE
+    lines = json_file.read_text(encoding="utf-8").splitlines()
+    print_table([Result(**json.loads(line)) for line in lines])
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run, print one table, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -48,10 +69,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line per result to FILE")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="few rounds, small shapes: checks that it runs")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a results file, run nothing")
     options = parser.parse_args(arguments)
+    if options.show is not None:
+        return show(options.show)
     unknown = [name for name in options.names if name not in available()]
     if unknown:
-        print(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(available())}.", file=sys.stderr)
+        print(
+            f"no benchmark named {', '.join(unknown)}; there are: {', '.join(available())}.", file=sys.stderr
+        )
         return EXIT_USAGE
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch finds no CUDA device here. Use --device cpu.", file=sys.stderr)
@@ -62,7 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
     context = Context(device=torch.device(device), quick=options.quick)
-    versions = ", ".join(f"{name} {version}" for name, version in package_versions(("torch", "triton")).items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in package_versions(("torch", "triton")).items()
+    )
     print(f"{device_name(context.device)}; {versions}; commit {current_commit()}")
 
     status = 0

@@ -474,13 +474,24 @@ def current_commit() -> str:
 def print_table(results: Sequence[Result], out: TextIO | None = None) -> None:
     """Print one row per result."""
     out = out or sys.stdout
-    header = ("benchmark", "metric", "shape", "dtype", "value", "baseline", "baseline value", "ratio [q20, q80]")
+    header = (
+        "benchmark",
+        "metric",
+        "shape",
+        "dtype",
+        "value",
+        "baseline",
+        "baseline value",
+        "ratio [q20, q80]",
+    )
     rows = [header]
     for result in results:
         ratio = "" if result.ratio is None else f"{result.ratio:.3f}"
         if "ratio_q20" in result.quantiles:
             ratio += f" [{result.quantiles['ratio_q20']:.3f}, {result.quantiles['ratio_q80']:.3f}]"
-        baseline_value = "" if result.baseline_value is None else _with_unit(result.baseline_value, result.unit)
+        baseline_value = (
+            "" if result.baseline_value is None else _with_unit(result.baseline_value, result.unit)
+        )
         rows.append(
             (
                 result.benchmark,
@@ -495,7 +506,9 @@ def print_table(results: Sequence[Result], out: TextIO | None = None) -> None:
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out)
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out
+        )
 
 
 def _with_unit(value: float, unit: str) -> str:

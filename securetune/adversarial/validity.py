@@ -106,5 +106,5 @@ def require_private_training_allows(objective: Objective) -> None:
         raise PrivacyError(
             f"adversarial.method = {objective.name!r} cannot be combined with privacy.enabled = true: "
             f"{objective.reason} ({objective.coupling.value}). Clipping would no longer bound one record's "
-            "influence. Use 'fgsm' or 'pgd', which perturb each sample on its own, or set privacy.enabled to false."
+            "influence. Use 'fgsm' or 'pgd', which perturb each sample alone, or set privacy.enabled: false."
         )

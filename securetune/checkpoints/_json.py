@@ -1,5 +1,6 @@
 """JSON as a security format: one meaning per document, bounded, no surprises."""
 
+import re
 from typing import Any
 
 from securetune.errors import CheckpointError, DataError
@@ -7,6 +8,7 @@ from securetune.files import canonical_json, parse_json
 
 _MAX_DEPTH = 16
 _MAX_INTEGER = 2**53 - 1
+_BAD_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def parse_strict(
@@ -72,5 +74,5 @@ def _check_scalar(item: object, name: str, *, floats: bool) -> None:
         raise CheckpointError(f"{name} holds the number {item!r}; only integers are allowed there.")
     if isinstance(item, int) and abs(item) > _MAX_INTEGER:
         raise CheckpointError(f"{name} holds an integer beyond +-(2**53 - 1).")
-    if isinstance(item, str) and ("\0" in item or any("\ud800" <= char <= "\udfff" for char in item)):
+    if isinstance(item, str) and _BAD_TEXT.search(item):
         raise CheckpointError(f"{name} holds a string with a NUL or a lone surrogate.")

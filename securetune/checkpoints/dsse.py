@@ -86,7 +86,8 @@ def verify_statement(
         No key and no key location inside the bundle is used; a bundle that names another key is refused
         before its signature is looked at, and the payload is parsed only after the signature holds. Stricter
         than the stock verifier: unknown fields, duplicate keys, a missing key hint, zero or several
-        signatures, other media, payload or predicate types and the pre-1.0 encodings are refused.
+        signatures, other media, payload or predicate types and the pre-1.0 encodings are refused. Of the two
+        values that ECDSA allows for one signature both are accepted, as OpenSSL writes either.
 
     Args:
         bundle: The bundle's bytes.

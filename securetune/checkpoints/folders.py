@@ -18,8 +18,9 @@ from securetune.errors import CheckpointError
 from securetune.files import fsync_folder
 
 _LOGGER = logging.getLogger(__name__)
-_MAX_FILES = 512  # each stays open while the folder is in use
+MAX_FILES = 512  # each stays open while the folder is in use
 _MAX_DEPTH = 8
+_OPEN_ATTEMPTS = 3
 _BLOCK_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")  # leaves room for what the format adds
 _WINDOWS_DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
@@ -67,19 +68,21 @@ class FolderReader:
         self.sizes: dict[str, int] = {}
         self.folders: set[str] = set()
         self._descriptors: dict[str, int] = {}
-        try:
-            root = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path} is not a folder that can be opened: {error.strerror}."
-            ) from error
-        try:
-            self._open_all(root, "")
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            os.close(root)
+        for attempt in range(_OPEN_ATTEMPTS):
+            try:
+                self._open_root()
+                return
+            except FileNotFoundError as error:
+                # a writer swapped the folder and removed the old files: start again with the new ones
+                self.close()
+                if attempt == _OPEN_ATTEMPTS - 1 or not self.path.exists():
+                    raise CheckpointError(_not_openable(self.path, error)) from error
+            except OSError as error:
+                self.close()
+                raise CheckpointError(_not_openable(self.path, error)) from error
+            except CheckpointError:
+                self.close()
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -91,6 +94,8 @@ class FolderReader:
         """Close all files."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+        self.sizes.clear()
+        self.folders.clear()
 
     def read(self, name: str, max_bytes: int) -> bytes:
         """Return the content of a small file.
@@ -134,6 +139,13 @@ class FolderReader:
             digest.update(block)
         return digest.hexdigest()
 
+    def _open_root(self) -> None:
+        root = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            self._open_all(root, "")
+        finally:
+            os.close(root)
+
     def _open_all(self, folder: int, prefix: str) -> None:
         for entry in sorted(os.listdir(folder)):
             name = prefix + entry
@@ -156,8 +168,8 @@ class FolderReader:
                 )
 
     def _open_file(self, folder: int, entry: str, name: str) -> None:
-        if len(self._descriptors) >= _MAX_FILES:
-            raise CheckpointError(f"{self.path} holds more than {_MAX_FILES} files.")
+        if len(self._descriptors) >= MAX_FILES:
+            raise CheckpointError(f"{self.path} holds more than {MAX_FILES} files.")
         # O_NONBLOCK: should the file have become a pipe since, opening it must not wait for a writer
         descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         self._descriptors[name] = descriptor
@@ -168,6 +180,10 @@ class FolderReader:
                 "copy the folder without links."
             )
         self.sizes[name] = status.st_size
+
+
+def _not_openable(path: Path, error: OSError) -> str:
+    return f"{path} is not a folder that can be opened: {error.strerror} ({error.filename})."
 
 
 def write_file(path: Path, content: bytes, mode: int) -> None:

@@ -1,4 +1,8 @@
-"""The manifest: what ``vault.json`` says about a checkpoint, signed by its owner."""
+"""The manifest: what ``vault.json`` says about a checkpoint, signed by its owner.
+
+Readers refuse unknown fields. So a field added later (a policy's digest, an expiry) is never skipped by an
+older reader.
+"""
 
 import datetime
 import os
@@ -23,6 +27,7 @@ VAULT_NAME = "vault.json"
 KEYRING_NAME = "keyring.json"
 SHARD_FOLDER = "shards"
 INNER_NAME = "inner.json"
+MAX_INNER_BYTES = 16 << 20
 _SUITE = "cobblestone-256"
 _PREDICATE_TYPE = "https://securetune.dev/vault/v1"
 _SEALED_SUFFIX = ".c256"
@@ -128,7 +133,7 @@ class _WireManifest(_Wire):
     lineage: _Uuid
     generation: Annotated[int, Field(ge=1)]
     epoch: Annotated[int, Field(ge=1)]
-    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    created: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")]
     files: Annotated[list[_WireSealed], Field(min_length=1)]
     public: list[_WirePublic]
     keyring: _WirePublic

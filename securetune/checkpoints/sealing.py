@@ -7,7 +7,7 @@ import stat
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, NoReturn, Self, TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
@@ -16,6 +16,7 @@ from securetune.errors import CheckpointError, ConfigError
 from securetune.files import canonical_json
 
 from . import folders
+from ._json import parse_strict
 from .cobblestone import KEY_BYTES, encrypt_stream
 from .keyring import Argon2Params, PassphraseKey, Recipient, build_keyring, wipe
 from .manifest import (
@@ -23,6 +24,7 @@ from .manifest import (
     FORMAT_VERSION,
     INNER_NAME,
     KEYRING_NAME,
+    MAX_INNER_BYTES,
     META,
     SHARD_FOLDER,
     VAULT_NAME,
@@ -40,6 +42,7 @@ from .signing import SIGNATURE_NAME, build_signature
 Content: TypeAlias = bytes | Path
 _Readable: TypeAlias = io.BytesIO | io.FileIO
 SealedFiles: TypeAlias = Mapping[str, Mapping[str, Content]]
+_OWN_FILES = 4  # vault.json, keyring.json, inner.json.c256 and model.sig
 _EPOCH = 1  # every save has keys of its own; rotation within a checkpoint's life will count up from here
 
 
@@ -150,7 +153,7 @@ class Sealer:
     def __repr__(self) -> str:
         return f"Sealer(lineage={self.lineage!r}, generation={self.generation})"
 
-    def __reduce__(self) -> str:
+    def __reduce__(self) -> NoReturn:
         raise TypeError("a Sealer holds keys and is not pickled.")
 
     def close(self) -> None:
@@ -173,6 +176,12 @@ class Sealer:
         if not self._recipients and self._passphrase is None:
             raise ConfigError("this Sealer is closed; make a new one.")
         _check_compartments(sealed)
+        count = sum(len(contents) for contents in sealed.values()) + len(public_files or {})
+        if count > folders.MAX_FILES - _OWN_FILES:
+            raise CheckpointError(
+                f"a checkpoint holds at most {folders.MAX_FILES - _OWN_FILES} files, got {count}. "
+                "Use larger ones."
+            )
         target = Path(out_dir)
         keys = {name: bytearray(os.urandom(KEY_BYTES)) for name in (*sealed, META)}
         try:
@@ -203,8 +212,7 @@ class Sealer:
         for compartment, contents in sealed.items():
             for name, content in contents.items():
                 writer.add_sealed(compartment, name, content)
-        inner = {"v": FORMAT_VERSION, "ckpt": writer.checkpoint_id, "metadata": dict(metadata)}
-        writer.add_sealed(META, INNER_NAME, canonical_json(inner))
+        writer.add_sealed(META, INNER_NAME, _encode_metadata(metadata, writer.checkpoint_id))
         for name, content in public_files.items():
             writer.add_public(name, content)
         keyring = build_keyring(
@@ -303,6 +311,16 @@ class _HashingSink:
         self._digest.update(data)
         self.size += len(data)
         folders.write_all(self._descriptor, data)
+
+
+def _encode_metadata(metadata: Mapping[str, Any], checkpoint_id: str) -> bytes:
+    try:
+        content = canonical_json({"v": FORMAT_VERSION, "ckpt": checkpoint_id, "metadata": dict(metadata)})
+        # what a reader would refuse must not be written
+        parse_strict(content, "metadata", max_bytes=MAX_INNER_BYTES, floats=True)
+    except (ValueError, TypeError, CheckpointError) as error:
+        raise ConfigError(f"metadata must be a JSON object that can be read back: {error}") from error
+    return content
 
 
 def _check_compartments(sealed: SealedFiles) -> None:

@@ -5,7 +5,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -23,6 +23,7 @@ from .manifest import (
     FORMAT_VERSION,
     INNER_NAME,
     KEYRING_NAME,
+    MAX_INNER_BYTES,
     META,
     SHARD_FOLDER,
     VAULT_NAME,
@@ -33,9 +34,6 @@ from .manifest import (
 )
 from .safe_loading import check_file_name, check_payload, check_payload_at, check_public_payload
 from .signing import SIGNATURE_NAME, changed_message, check_files, read_signature
-
-_MAX_INNER_BYTES = 16 << 20
-_OPEN_ATTEMPTS = 3
 
 
 def verify(path: str | os.PathLike[str], public_key: ec.EllipticCurvePublicKey) -> Manifest:
@@ -109,7 +107,11 @@ def open_vault(
             passphrase=passphrase,
             compartments=compartments,
         )
-        return Vault(reader, manifest, keys)
+        try:
+            return Vault(reader, manifest, keys)
+        except BaseException:
+            wipe(keys.values())
+            raise
     except BaseException:
         reader.close()
         raise
@@ -149,7 +151,7 @@ class Vault:
     def __repr__(self) -> str:
         return f"Vault({str(self._reader.path)!r}, compartments={self.compartments})"
 
-    def __reduce__(self) -> str:
+    def __reduce__(self) -> NoReturn:
         raise TypeError("a Vault holds keys and is not pickled.")
 
     @property
@@ -255,9 +257,12 @@ class Vault:
             SignatureError: If a file was changed since it was verified.
         """
         target = Path(out_dir)
+        wanted = self.compartments if compartments is None else tuple(dict.fromkeys(compartments))
+        if closed := set(wanted) - set(self.compartments):
+            raise AccessDenied(_not_opened(sorted(closed), self.compartments))
         try:
             with folders.replace_folder(target) as building:
-                for compartment in self.compartments if compartments is None else compartments:
+                for compartment in wanted:
                     (building / compartment).mkdir(mode=0o700)
                     for name in self.names(compartment):
                         self._extract_file(self._entry(compartment, name), building / compartment / name)
@@ -282,10 +287,7 @@ class Vault:
                 f"It has: {', '.join(self.names(compartment)) or 'nothing there'}."
             )
         if compartment not in self._keys:
-            raise AccessDenied(
-                f"the compartment {compartment!r} was not opened. Open the checkpoint with a key that has "
-                f"it; open now: {', '.join(self.compartments) or 'none'}."
-            )
+            raise AccessDenied(_not_opened([compartment], self.compartments))
         return entry
 
     def _context(self, entry: FileEntry) -> bytes:
@@ -308,7 +310,7 @@ class Vault:
     def _read_metadata(self) -> dict[str, Any]:
         name = f"{INNER_NAME} of {self._reader.path}"
         inner = parse_strict(
-            self.read(META, INNER_NAME), name, max_bytes=_MAX_INNER_BYTES, floats=True, canonical=True
+            self.read(META, INNER_NAME), name, max_bytes=MAX_INNER_BYTES, floats=True, canonical=True
         )
         expected = {"v": FORMAT_VERSION, "ckpt": self.manifest.checkpoint_id}
         if not isinstance(inner, dict) or inner != expected | {"metadata": inner.get("metadata")}:
@@ -322,12 +324,17 @@ class _HashingSource:
     """Reads a file and hashes what was read."""
 
     def __init__(self, reader: FolderReader, name: str) -> None:
-        self._blocks = reader.blocks(name)
+        self._reader = reader
+        self._name = name
+        self._offset = 0
         self._digest = hashlib.sha256()
 
     def readinto(self, buffer: memoryview, /) -> int:
-        block = next(self._blocks, b"")
+        # no more than the file had when it was opened, even if it grows
+        count = min(len(buffer), self._reader.sizes[self._name] - self._offset)
+        block = self._reader.read_at(self._name, self._offset, count)
         self._digest.update(block)
+        self._offset += len(block)
         buffer[: len(block)] = block
         return len(block)
 
@@ -345,17 +352,16 @@ class _Blocks:
         folders.write_all(self._descriptor, data)
 
 
+def _not_opened(closed: Sequence[str], opened: Sequence[str]) -> str:
+    return (
+        f"the compartments {', '.join(closed)} were not opened. Open the checkpoint with a key that has "
+        f"them; open now: {', '.join(opened) or 'none'}."
+    )
+
+
 def _open_folder(path: str | os.PathLike[str]) -> FolderReader:
     folders.recover_folder(path)
-    for _ in range(_OPEN_ATTEMPTS - 1):
-        try:
-            return FolderReader(path)
-        except FileNotFoundError:
-            continue  # a writer swapped the folder while it was being opened: its old files are gone
-    try:
-        return FolderReader(path)
-    except OSError as error:
-        raise CheckpointError(f"{Path(path)} changes while it is read: {error.strerror}.") from error
+    return FolderReader(path)
 
 
 def _verify(reader: FolderReader, public_key: ec.EllipticCurvePublicKey) -> Manifest:

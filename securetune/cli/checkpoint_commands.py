@@ -1,6 +1,7 @@
 """Commands on sealed checkpoints: ``checkpoint keygen | seal | open | verify``."""
 
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ import typer
 
 from securetune.cli.arguments import IdentityFile, PassphraseFile, PublicKeyFile, read_passphrase
 from securetune.cli.output import console
-from securetune.errors import ConfigError
+from securetune.errors import CheckpointError, ConfigError, MachineError
 
 app = typer.Typer(help="Keys and sealed checkpoints.", no_args_is_help=True)
 
@@ -92,6 +93,10 @@ def open_checkpoint(
         list[str] | None,
         typer.Option("--compartment", help="Only this one. Repeatable; default: all you may."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Base model of an adapter; default: the one the checkpoint names."),
+    ] = None,
 ) -> None:
     """Verify a checkpoint, then decrypt it to a folder, where nothing protects it any longer."""
     from securetune.checkpoints import load_identity, load_public_key, open_vault
@@ -105,10 +110,13 @@ def open_checkpoint(
     ) as vault:
         vault.extract(destination)
         opened = {name: vault.names(name) for name in vault.compartments}
+        trained_on = vault.metadata.get("base") or {}
     out = console()
     out.print(f"Signatures valid. Decrypted to {destination}, where nothing protects it any longer:")
     for name, files in opened.items():
         out.print(f"  {name}/  {', '.join(files)}")
+    if "adapter_config.json" in opened.get("adapter", ()):
+        out.print(_connect_to_base(destination / "adapter", base, trained_on))
 
 
 @app.command()
@@ -122,6 +130,31 @@ def verify(checkpoint: Checkpoint, public_key: PublicKeyFile) -> None:
         f"{checkpoint}: signatures valid, all {len(manifest.files)} files unchanged. Generation "
         f"{manifest.generation} of {manifest.created}, holds {', '.join(manifest.compartments)}."
     )
+
+
+def _connect_to_base(adapter: Path, base: str | None, trained_on: Mapping[str, str]) -> str:
+    """Make an adapter folder loadable with transformers, and say how."""
+    from securetune.config.schema import ModelConfig
+    from securetune.models.adapters import open_adapter_folder
+    from securetune.models.base import folder_digest, local_folder, resolve_base
+
+    name = base or trained_on.get("name")
+    if not name:
+        return "The checkpoint does not name its base model: open it again with --base to load it."
+    try:
+        folder = local_folder(resolve_base(ModelConfig(name=name)))
+    except (ConfigError, MachineError) as error:
+        if base:
+            raise
+        return f"Its base model is not here; to load it, open it again with --base. ({error})"
+    expected = trained_on.get("digest")
+    if expected and folder_digest(folder) != expected:
+        raise CheckpointError(
+            f"{name} here is not the base model this adapter was trained on: {trained_on.get('name')}, "
+            f"digest {expected[:12]}.... Get that one, and give its folder with --base."
+        )
+    open_adapter_folder(adapter, folder)
+    return f"Load it: transformers.AutoModelForCausalLM.from_pretrained({str(adapter)!r})"
 
 
 def _files_by_compartment(source: Path, compartment: str | None) -> dict[str, dict[str, Path]]:

@@ -33,7 +33,7 @@ def publish(
     from securetune.publishing import publish as publish_folder
     from securetune.publishing import what_would_leave
     from securetune.report.summary import load_report
-    from securetune.training.publish import released_evidence
+    from securetune.training.release import released_evidence
 
     recipe = load(config, overrides)
     folder = recipe.run_folder

@@ -85,6 +85,7 @@ def attack_embeddings(
     for number, radius in enumerate(sorted(radii)):
         attacked = [examples[row] for row in survivors]
         is_robust, errors, queries = [False] * len(attacked), 0, 0
+        done = number * len(examples) + len(examples) - len(attacked)
         for rows, batch in batches(attacked, max(1, batch_tokens // _GRADIENT_SHARE)):
             with attack_mode(head.model):
                 victim = _Victim(head, batch)
@@ -104,10 +105,9 @@ def attack_embeddings(
                 is_robust[row] = robust
             errors += int(victim.is_error.sum())
             queries += victim.queries
+            done += len(rows)
             if progress is not None:
-                progress(
-                    "embedding attack", number * len(examples) + max(rows) + 1, len(radii) * len(examples)
-                )
+                progress("embedding attack", done, len(radii) * len(examples))
         survivors = [row for row, robust in zip(survivors, is_robust, strict=True) if robust]
         standing = set(survivors)
         outcomes[radius] = AttackOutcome(

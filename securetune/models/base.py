@@ -311,9 +311,10 @@ def _load_folder(
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with _without_progress_bars():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
+        model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
@@ -322,8 +323,8 @@ def _load_folder(
         ) from error
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
-            f"model.name: {len(missing)} weights are missing in {name!r}, such as {missing[0]!r}; they would be"
-            " random. Use a complete causal language model."
+            f"model.name: {len(missing)} weights are missing in {name!r}, such as {missing[0]!r}; they would"
+            " be random. Use a complete causal language model."
         )
     if not tokenizer.is_fast:
         raise ConfigError(
@@ -332,8 +333,8 @@ def _load_folder(
     num_words = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_words:
         raise ConfigError(
-            f"model.name: the tokenizer of {name!r} has {len(tokenizer)} tokens, its model only {num_words}. They do"
-            " not belong together."
+            f"model.name: the tokenizer of {name!r} has {len(tokenizer)} tokens, its model only {num_words}."
+            " They do not belong together."
         )
     model.requires_grad_(False).eval()
     if device.type == "cpu" and dtype == torch.bfloat16:

@@ -53,9 +53,9 @@ class _FrozenHeadLosses(torch.autograd.Function):
             rows = slice(start, start + _ROWS)
             wanted = targets[rows, None]
             logits = torch.mm(hidden[rows], weight.t(), out=buffer[: len(wanted)])
+            logits = logits.to(dtype)
             if bias is not None:
                 logits += bias
-            logits = logits.to(dtype)
             normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
             losses[rows] = (normaliser - logits.gather(1, wanted)).squeeze(1)
             if grad is not None:

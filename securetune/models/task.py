@@ -212,7 +212,7 @@ class GenerateHead(CausalHead):
         return spread.index_put((is_target,), losses)
 
     def _flat_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy at ``N`` positions, ``[N, D]`` and ``[N]`` to ``[N]``, without keeping ``[N, V]`` logits."""
+        """Cross-entropy at ``N`` positions: ``[N, D]`` and ``[N]`` to ``[N]``, never keeping all logits."""
         weight, bias = self._output.weight, self._output.bias
         learns = weight.requires_grad or (bias is not None and bias.requires_grad)
         if self._transform is None and not learns:

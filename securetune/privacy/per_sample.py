@@ -1,10 +1,12 @@
 """Exact per-sample gradients of LoRA adapters in one backward pass.
 
-A LoRA layer computes ``y = W x + s B (A x)``. The gradients of ``A`` (``[r, d]``) and ``B`` (``[p, r]``) for one sample
-cost the same number of FLOPs as their sum over the batch, so they are written straight into one flat ``[B, P]`` buffer
-while the backward pass runs: no second backward, no hooks on every module, no summed gradient that nobody reads.
+A LoRA layer computes ``y = W x + s B (A x)``. The gradients of ``A`` (``[r, d]``) and ``B`` (``[p, r]``) for
+one sample cost the same number of FLOPs as their sum over the batch, so they are written straight into one
+flat ``[B, P]`` buffer while the backward pass runs: no second backward, no hooks on every module, no summed
+    gradient that nobody reads.
 
-Dimensions: ``B`` samples, ``T`` positions, ``d`` input features, ``p`` output features, ``r`` rank, ``P`` trainable parameters.
+Dimensions: ``B`` samples, ``T`` positions, ``d`` input features, ``p`` output features, ``r`` rank, ``P``
+    trainable parameters.
 """
 
 import contextlib
@@ -19,8 +21,8 @@ from torch.nn import functional
 
 from securetune.errors import PrivacyError
 
-# Largest relative error allowed between the flat buffer's sum and ordinary autograd, by the model's compute dtype: the
-# two add the same products in another order, in bfloat16 with one more rounding for each.
+# Largest relative error allowed between the flat buffer's sum and ordinary autograd, by the model's compute
+# dtype: the two add the same products in another order, in bfloat16 with one more rounding for each.
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -47,18 +49,22 @@ class _AdapterLayer:
 class PerSampleGradients:
     """Write every sample's LoRA gradient into one flat row, in one backward pass.
 
-    The adapter's matrices become views of one flat vector (:attr:`flat_params`), so an optimizer updates one tensor.
+    The adapter's matrices become views of one flat vector (:attr:`flat_params`), so an optimizer updates one
+    tensor.
 
     Guarantees:
-        Row ``i`` of :meth:`backward` is the gradient of ``losses[i]`` alone, as ordinary autograd computes it for a batch
-        of one, up to rounding. A trainable parameter that is not part of a LoRA layer is refused, never skipped.
-        Passes outside :meth:`backward` (an attack's, an evaluation's) leave the buffer and every ``.grad`` untouched.
+        Row ``i`` of :meth:`backward` is the gradient of ``losses[i]`` alone, as ordinary autograd computes it
+        for a batch of one, up to rounding. A trainable parameter that is not part of a LoRA layer is refused,
+        never skipped. Passes outside :meth:`backward` (an attack's, an evaluation's) leave the buffer and
+        every ``.grad`` untouched.
 
     Args:
-        model: A peft model with LoRA adapters, already on its device. Adapter weights must be float32 or float64.
+        model: A peft model with LoRA adapters, already on its device. Adapter weights must be float32 or
+            float64.
 
     Raises:
-        PrivacyError: If a trainable parameter has no exact per-sample path; the message names it and the remedy.
+        PrivacyError: If a trainable parameter has no exact per-sample path; the message names it and the
+            remedy.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,7 +74,8 @@ class PerSampleGradients:
         first = self.layers[0].a
         if first.dtype not in (torch.float32, torch.float64):
             raise PrivacyError(
-                f"adapter weights must be float32, got {first.dtype}. Keep the base model in {first.dtype} and create the "
+                f"adapter weights must be float32, got {first.dtype}. Keep the base model in {first.dtype} "
+                "and create the "
                 "adapters with autocast_adapter_dtype=True (peft's default)."
             )
         self.num_params = self.layers[-1].stop
@@ -89,7 +96,7 @@ class PerSampleGradients:
             layer.module.forward = _AdapterForward(self, layer, layer.module.forward)
 
     def detach(self) -> None:
-        """Give the adapter layers their own forward back; the parameters stay views of :attr:`flat_params`."""
+        """Give the layers their own forward back; parameters stay views of :attr:`flat_params`."""
         for layer in self.layers:
             if isinstance(layer.module.forward, _AdapterForward):
                 del layer.module.forward
@@ -104,8 +111,8 @@ class PerSampleGradients:
         """Differentiate each sample's loss and return the gradients as rows.
 
         Args:
-            losses: ``[B]``, one loss per sample, still attached to its graph. Losses must not be coupled: row ``i`` may
-                depend on sample ``i`` only.
+            losses: ``[B]``, one loss per sample, still attached to its graph. Losses must not be coupled: row
+                ``i`` may depend on sample ``i`` only.
 
         Returns:
             ``[B, P]``, float32: a view of a buffer that the next call overwrites.
@@ -115,7 +122,8 @@ class PerSampleGradients:
         """
         if losses.ndim != 1:
             raise PrivacyError(
-                f"losses must hold one value per sample, shape [B], got shape {tuple(losses.shape)}. A mean or sum over "
+                f"losses must hold one value per sample, shape [B], got shape {tuple(losses.shape)}. A mean "
+                "or sum over "
                 "the batch mixes samples: use reduction='none' and reduce within each sample only."
             )
         self._rows = losses.shape[0]
@@ -139,16 +147,17 @@ class PerSampleGradients:
         """Compare one small batch with ordinary autograd and with the same batch less one sample.
 
         Args:
-            losses_of: Called with a list of row indices, returns their losses ``[len(rows)]`` from a fresh forward pass
-                with the same randomness each time.
+            losses_of: Called with a list of row indices, returns their losses ``[len(rows)]`` from a fresh
+                forward pass with the same randomness each time.
             batch_size: Number of rows that ``losses_of`` accepts; at least 1.
 
         Returns:
             The largest relative difference found.
 
         Raises:
-            PrivacyError: If the accumulated gradient differs from ordinary autograd's, if removing a batch-mate changes a
-                sample's gradient (a coupled loss), or if no gradient reaches the adapters.
+            PrivacyError: If the accumulated gradient differs from ordinary autograd's, if removing a
+                batch-mate changes a sample's gradient (a coupled loss), or if no gradient reaches the
+                adapters.
         """
         rows = list(range(min(2, batch_size)))
         losses = losses_of(rows)
@@ -164,22 +173,27 @@ class PerSampleGradients:
         )
         if not summed.norm() > 0:
             raise PrivacyError(
-                "self-check: no gradient reaches the adapters, so training would not move them. Check that the adapters are "
+                "self-check: no gradient reaches the adapters, so training would not move them. Check that "
+                "the adapters are "
                 "active and that the loss depends on them."
             )
         worst = _relative_difference(grads.sum(dim=0), summed)
         if not worst <= tolerance:
             raise PrivacyError(
-                f"self-check: the sum of the per-sample gradients differs from ordinary autograd by {worst:.2e} (allowed "
-                f"{tolerance:.0e}). A layer of this model is not supported exactly; no privacy claim would hold."
+                "self-check: the sum of the per-sample gradients differs from ordinary autograd by "
+                f"{worst:.2e} (allowed "
+                f"{tolerance:.0e}). A layer of this model is not supported exactly; no privacy claim would "
+                "hold."
             )
         if len(rows) > 1:
             alone = self.backward(losses_of(rows[:1])).clone()
             coupling = _relative_difference(grads[:1], alone)
             if not coupling <= tolerance:
                 raise PrivacyError(
-                    f"self-check: removing a batch-mate changes a sample's gradient by {coupling:.2e} (allowed {tolerance:.0e}). "
-                    "The loss couples samples (batch normalisation, a token count over the batch, in-batch negatives)."
+                    f"self-check: removing a batch-mate changes a sample's gradient by {coupling:.2e} "
+                    f"(allowed {tolerance:.0e}). "
+                    "The loss couples samples (batch normalisation, a token count over the batch, in-batch "
+                    "negatives)."
                 )
             worst = max(worst, coupling)
         return worst
@@ -203,11 +217,13 @@ class PerSampleGradients:
         """Write one layer's gradients: ``dA_i = g_low_i^T x_i`` and ``dB_i = s g_i^T h_i``."""
         if x.shape[0] != self._rows:
             raise PrivacyError(
-                f"layer {layer.name} saw {x.shape[0]} rows where the batch has {self._rows} samples, so its gradient can't "
+                f"layer {layer.name} saw {x.shape[0]} rows where the batch has {self._rows} samples, so its "
+                "gradient can't "
                 "be split by sample. Packed rows and routed experts are not supported here."
             )
         rows = self._buffer[: self._rows]
-        # Products in the buffer's float32: exact to its rounding, and faster than many small bfloat16 products on a CPU.
+        # Products in the buffer's float32: exact to its rounding, and faster than many small bfloat16
+        # products on a CPU.
         x, h, g, g_low = (tensor.to(rows.dtype) for tensor in (x, h, g, g_low))
         grad_a = torch.bmm(g_low.transpose(1, 2), x).flatten(1)
         grad_b = torch.bmm(g.transpose(1, 2), h).flatten(1)
@@ -248,7 +264,7 @@ def _as_3d(x: Tensor) -> Tensor:
 
 
 class _LinearWithAdapter(torch.autograd.Function):
-    """``W x + b + s B (A x)`` over a frozen ``nn.Linear``: the adapter is added in place of a separate sum."""
+    """``W x + b + s B (A x)`` over a frozen ``nn.Linear``, the adapter added in place."""
 
     @staticmethod
     def forward(
@@ -284,7 +300,7 @@ class _LinearWithAdapter(torch.autograd.Function):
 
 
 class _AddAdapter(torch.autograd.Function):
-    """Add ``s B (A x)`` to the output of any frozen base layer (quantised, ``Conv1D``, with dropout before the adapter)."""
+    """Add ``s B (A x)`` to the output of any other frozen layer (``Conv1D``, quantised), or with dropout."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, engine: Any, layer: Any) -> Tensor:
@@ -324,11 +340,13 @@ def _find_adapter_layers(model: nn.Module) -> list[_AdapterLayer]:
             continue
         if len(adapters) > 1:
             raise PrivacyError(
-                f"layer {name} has {len(adapters)} active adapters ({', '.join(adapters)}); activate exactly one."
+                f"layer {name} has {len(adapters)} active adapters ({', '.join(adapters)}); activate "
+                "exactly one."
             )
         (key,) = adapters
         _refuse_variant(name, module, key)
-        a, b = module.lora_A[key].weight, module.lora_B[key].weight
+        a: Any = module.lora_A[key].weight
+        b: Any = module.lora_B[key].weight
         layer = _AdapterLayer(name, module, a, b, float(module.scaling[key]), start)
         layers.append(layer)
         start = layer.stop
@@ -343,12 +361,14 @@ def _refuse_variant(name: str, module: Any, adapter: str) -> None:
     variants = getattr(module, "lora_variant", {})
     if adapter in variants:
         raise PrivacyError(
-            f"layer {name} uses the LoRA variant {type(variants[adapter]).__name__}, which has no exact per-sample path yet. "
+            f"layer {name} uses the LoRA variant {type(variants[adapter]).__name__}, which has no exact "
+            "per-sample path yet. "
             "Use plain LoRA (use_dora=False and no other variant)."
         )
     if not isinstance(module.lora_A[adapter], nn.Linear):
         raise PrivacyError(
-            f"layer {name} is a LoRA on {type(module.base_layer).__name__}, which has no exact per-sample path yet. Target linear "
+            f"layer {name} is a LoRA on {type(module.base_layer).__name__}, which has no exact per-sample "
+            "path yet. Target linear "
             "layers only (lora.target_modules)."
         )
     if module.lora_B[adapter].bias is not None:
@@ -366,13 +386,16 @@ def _refuse_uncovered_parameters(model: nn.Module, layers: list[_AdapterLayer]) 
     ]
     if uncovered:
         raise PrivacyError(
-            f"{len(uncovered)} trainable parameters have no exact per-sample gradient: {', '.join(uncovered[:5])}"
-            f"{', ...' if len(uncovered) > 5 else ''}. Freeze them (requires_grad_(False)) or train LoRA adapters only."
+            f"{len(uncovered)} trainable parameters have no exact per-sample gradient: "
+            f"{', '.join(uncovered[:5])}"
+            f"{', ...' if len(uncovered) > 5 else ''}. Freeze them (requires_grad_(False)) or train LoRA "
+            "adapters only."
         )
     frozen = [layer.name for layer in layers if not (layer.a.requires_grad and layer.b.requires_grad)]
     if frozen:
         raise PrivacyError(
-            f"the adapter of layer {frozen[0]} is partly frozen. Train both of its matrices, or deactivate it."
+            f"the adapter of layer {frozen[0]} is partly frozen. Train both of its matrices, or deactivate "
+            "it."
         )
 
 

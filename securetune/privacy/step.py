@@ -1,7 +1,10 @@
-"""One optimizer step: ordinary, or differentially private (Abadi et al. 2016, Algorithm 1, https://arxiv.org/abs/1607.00133).
+"""One optimizer step: ordinary, or differentially private.
 
-Micro-batches are accumulated in float32, so any micro-batch size gives the same result up to rounding. The private step
-then charges the ledger, adds noise once to the clipped sum, divides by a public constant, and lets any optimizer update.
+The private one is Algorithm 1 of Abadi et al. 2016, https://arxiv.org/abs/1607.00133.
+
+Micro-batches are accumulated in float32, so any micro-batch size gives the same result up to rounding. The
+private step then charges the ledger, adds noise once to the clipped sum, divides by a public constant, and
+lets any optimizer update.
 """
 
 import torch
@@ -68,14 +71,15 @@ class PrivateStep(OrdinaryStep):
     """The DP-SGD step: clip each sample, sum, add noise once, divide by a public constant, update.
 
     Guarantees:
-        Adding or removing one sample moves the accumulated sum by at most ``max_grad_norm`` in L2 norm. The noise has
-        standard deviation ``noise_multiplier * max_grad_norm``, is drawn once per step in float32, and is added even when
-        no sample was drawn. The step is in the ledger, on disk, before its noise exists. A sample whose gradient is not
-        finite contributes exactly zero.
+        Adding or removing one sample moves the accumulated sum by at most ``max_grad_norm`` in L2 norm. The
+        noise has standard deviation ``noise_multiplier * max_grad_norm``, is drawn once per step in float32,
+        and is added even when no sample was drawn. The step is in the ledger, on disk, before its noise
+        exists. A sample whose gradient is not finite contributes exactly zero.
 
     Args:
         grads: Per-sample gradients of the model's adapters.
-        optimizer: Any torch optimizer over ``[grads.flat_params]``; weight decay is applied to released parameters only.
+        optimizer: Any torch optimizer over ``[grads.flat_params]``; weight decay is applied to released
+            parameters only.
         max_grad_norm: Clipping threshold ``C`` > 0, in units of the gradient's L2 norm.
         noise_multiplier: Noise standard deviation over ``C``, >= 0.
         expected_batch_size: Public divisor of the noisy sum; never the number of samples drawn.
@@ -112,7 +116,8 @@ class PrivateStep(OrdinaryStep):
             losses: ``[B]``, one loss per sample, attached to their graph.
 
         Returns:
-            ``[B]``, float32: gradient norms before clipping. They are un-noised statistics of private data, which
+            ``[B]``, float32: gradient norms before clipping. They are un-noised statistics of private data,
+                which
             epsilon does not cover.
         """
         rows = self.grads.backward(losses)
@@ -143,6 +148,7 @@ def _refuse_other_parameters(grads: PerSampleGradients, optimizer: torch.optim.O
     owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(owned) != 1 or owned[0] is not grads.flat_params:
         raise PrivacyError(
-            f"the optimizer must own exactly the flat adapter vector (grads.flat_params), got {len(owned)} parameters. "
+            f"the optimizer must own exactly the flat adapter vector (grads.flat_params), got {len(owned)} "
+            "parameters. "
             "Create it as torch.optim.AdamW([grads.flat_params], ...)."
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from securetune.config.loader import recipe_digest
 from securetune.config.schema import Recipe
-from securetune.evidence import Evidence, GateResult
+from securetune.evidence import GateResult
 from securetune.privacy.accounting import Phase, max_true_positive_rate, max_true_positive_rate_of_run
 from securetune.privacy.ledger import LedgerState, read_ledger
 from securetune.report.summary import (
@@ -25,6 +25,7 @@ from securetune.report.summary import (
     TrainingCurve,
     describe_environment,
 )
+from securetune.training.evaluate import Measured
 from securetune.training.folder import RunFolder
 from securetune.training.plan import Plan
 from securetune.training.prepare import PreparedData
@@ -44,9 +45,8 @@ def assemble_report(
     plan: Plan,
     data: PreparedData,
     base: "BaseModel",
-    evidence: Sequence[Evidence],
+    measured: Measured,
     *,
-    roc: Sequence[RocCurve] = (),
     gate: GateResult | None = None,
     notes: Sequence[str] = (),
 ) -> Report:
@@ -58,8 +58,7 @@ def assemble_report(
         plan: The plan.
         data: The private data.
         base: The base model.
-        evidence: Everything measured, epsilon included.
-        roc: Curves of the membership attacks.
+        measured: Everything measured, epsilon included.
         gate: The gate's verdict.
         notes: Free remarks; never published.
 
@@ -89,9 +88,9 @@ def assemble_report(
         ),
         privacy=privacy,
         adversarial=_adversarial(recipe),
-        evidence=list(evidence),
+        evidence=measured.evidence,
         gate=gate,
-        curves=Curves(training=_training_curves(run), roc=list(roc)),
+        curves=Curves(training=_training_curves(run), roc=_roc_curves(measured)),
         costs=Costs(training_seconds=seconds, training_time_ratio=ratio),
         stages=[StageTime(name=name, seconds=value) for name, value in times.items()],
         peak_memory_bytes=_peak_memory_bytes(),
@@ -100,29 +99,18 @@ def assemble_report(
     )
 
 
-def epsilon_evidence(state: LedgerState, artefact: str) -> Evidence:
-    """State the epsilon in the ledger as evidence.
-
-    Args:
-        state: The ledger.
-        artefact: SHA-256 of the hardened model.
-
-    Returns:
-        The evidence; without a value where a fixed test key forbids to report one.
-    """
-    epsilon = state.epsilon()
-    return Evidence(
-        metric="epsilon",
-        subject="hardened",
-        value=epsilon,
-        interval=None,
-        n=state.steps_charged,
-        method=f"{state.header.accountant}: steps in the ledger, Poisson sampling, add or remove one record",
-        status="not_run" if epsilon is None else "pass",
-        artefact=artefact,
-        private_statistic=False,
-        params={"delta": state.header.delta, "noise_multiplier": state.header.noise_multiplier},
-    )
+def _roc_curves(measured: Measured) -> list[RocCurve]:
+    return [
+        RocCurve(
+            subject=subject,
+            method=result.auc_attack,
+            false_positive_rate=result.roc.false_positive_rates,
+            true_positive_rate=result.roc.true_positive_rates,
+            n_members=measured.num_members,
+            n_non_members=measured.num_non_members,
+        )
+        for subject, result in measured.memberships.items()
+    ]
 
 
 def _privacy(recipe: Recipe, plan: Plan, state: LedgerState) -> PrivacyStatement:

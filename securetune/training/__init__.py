@@ -1,1 +1,1 @@
-"""Runs: the plan, the training loop, the state a killed run resumes from, and what is made of a trained model."""
+"""Runs: the plan, the training loop, resuming, and what is made of a trained model."""

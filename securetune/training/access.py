@@ -1,4 +1,4 @@
-"""The keys of a run: who may open its checkpoints, and who signs them. They come from files, never from a prompt."""
+"""The keys of a run: who may open its checkpoints, and who signs them; from files, never from a prompt."""
 
 import shutil
 from dataclasses import dataclass, field
@@ -74,8 +74,10 @@ class Access:
         """
         if self.passphrase is None:
             raise ConfigError(
-                f"checkpoint.passphrase_file: going on from {checkpoint} needs a passphrase, and this recipe names none: its "
-                "checkpoints open with the recipients' private keys only. Start a new run, with a passphrase_file if it should "
+                f"checkpoint.passphrase_file: going on from {checkpoint} needs a passphrase, and this "
+                "recipe names none: its "
+                "checkpoints open with the recipients' private keys only. Start a new run, with a "
+                "passphrase_file if it should "
                 "be resumable."
             )
         return open_vault(checkpoint, public_key=self.public_key, passphrase=self.passphrase)
@@ -99,7 +101,8 @@ def prepare_access(recipe: Recipe, run: RunFolder) -> Access:
         return _demo_access(run)
     if settings.signing_key is None:
         raise ConfigError(
-            "checkpoint.signing_key: a key that signs the checkpoint is needed. Make one with 'securetune checkpoint keygen', or "
+            "checkpoint.signing_key: a key that signs the checkpoint is needed. Make one with 'securetune "
+            "checkpoint keygen', or "
             "set checkpoint.demo_keys: true to try things out."
         )
     signing_key = load_signing_key(settings.signing_key)
@@ -118,7 +121,9 @@ def _demo_access(run: RunFolder) -> Access:
     import secrets
 
     run.keys.mkdir(exist_ok=True, mode=0o700)
-    identity, signer, passphrase = (run.keys / name for name in ("recipient.key", "publisher.key", "passphrase.txt"))
+    identity, signer, passphrase = (
+        run.keys / name for name in ("recipient.key", "publisher.key", "passphrase.txt")
+    )
     if not identity.exists():
         generate_recipient_key(identity)
     if not signer.exists():

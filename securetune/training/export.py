@@ -43,6 +43,7 @@ def require_same_base(vault: Vault, digest: str) -> None:
     expected = vault.metadata.get("base", {})
     if expected.get("digest") != digest:
         raise CheckpointError(
-            f"the checkpoint was trained on {expected.get('name')} with digest {str(expected.get('digest'))[:12]}..., the base model "
+            f"the checkpoint was trained on {expected.get('name')} with digest "
+            f"{str(expected.get('digest'))[:12]}..., the base model "
             f"here has {digest[:12]}.... Use the same base model and revision."
         )

@@ -2,7 +2,8 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,7 @@ from securetune.privacy.sampling import PoissonSampler
 from securetune.privacy.step import OrdinaryStep, PrivateStep
 from securetune.training.access import Access, forget
 from securetune.training.folder import RunFolder
-from securetune.training.loop import Adversary, Head, StepResult, Trainer, activate_dropout, make_optimizer
+from securetune.training.loop import Adversary, Head, Trainer, activate_dropout, make_optimizer
 from securetune.training.plan import Plan
 from securetune.training.prepare import PreparedData
 from securetune.training.progress import TrainingProgress
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 Subject = Literal["base", "plain", "hardened"]
+SUBJECTS: tuple[Subject, ...] = ("base", "plain", "hardened")
 Log = Callable[[dict[str, Any]], None]
 
 
 def checkpoint_of(run: RunFolder, subject: Subject) -> Path:
-    """Return the folder of a trained model's sealed checkpoint; the plain fine-tune's is for measuring only."""
+    """Return the folder of a sealed model; the plain fine-tune's is for measuring only."""
     return run.checkpoint if subject == "hardened" else run.work / subject
 
 
@@ -51,11 +53,13 @@ def fine_tune(
 ) -> None:
     """Train a model and seal it; go on where a killed run stopped.
 
-    The plain fine-tune has the same steps, batches and optimizer, without privacy and without adversarial training.
+    The plain fine-tune has the same steps, batches and optimizer, without privacy and without adversarial
+    training.
 
     Guarantees:
-        Every private step is in the ledger before its noise is released. A resumed run draws new keys for noise and
-        sampling; steps that were charged but not saved are lost, so the run has fewer steps and never more epsilon.
+        Every private step is in the ledger before its noise is released. A resumed run draws new keys for
+        noise and sampling; steps that were charged but not saved are lost, so the run has fewer steps and
+        never more epsilon.
 
     Args:
         subject: Which model.
@@ -67,7 +71,8 @@ def fine_tune(
         log: Receives the numbers of each step, for trackers.
 
     Raises:
-        PrivacyError: If the model cannot be trained privately, or the whole budget was charged before anything was saved.
+        PrivacyError: If the model cannot be trained privately, or the whole budget was charged before
+            anything was saved.
     """
     if run.has(f"trained_{subject}"):
         return
@@ -83,7 +88,10 @@ def fine_tune(
     is_private = subject == "hardened" and plan.privacy is not None
     sampler = PoissonSampler(len(data.train), recipe.privacy.sample_rate)
     with contextlib.ExitStack() as stack:
-        ledger, step = None, OrdinaryStep(grads, optimizer, expected_batch_size=recipe.privacy.expected_batch_size)
+        ledger, step = (
+            None,
+            OrdinaryStep(grads, optimizer, expected_batch_size=recipe.privacy.expected_batch_size),
+        )
         if is_private:
             ledger, step = _private_step(recipe, run, plan, grads, optimizer, sampler)
             stack.enter_context(ledger)
@@ -98,13 +106,17 @@ def fine_tune(
         trainer.check()
         activate_dropout(model)
         sealer = stack.enter_context(access.sealer(**lineage))
+        save = partial(save_state, state, sealer, grads, optimizer) if access.passphrase is not None else None
         _run_steps(
-            subject, recipe, run, plan, trainer, ledger=ledger, steps_done=steps_done, log=log,
-            save=None if access.passphrase is None else lambda done: save_state(state, sealer, grads, optimizer, steps_done=done),
-        )  # fmt: skip
+            subject, recipe, run, plan, trainer, ledger=ledger, steps_done=steps_done, log=log, save=save
+        )
         model.eval()
         _refuse_unmoved(grads)
-        public_files = {"ledger.jsonl": run.ledger.read_bytes()} if ledger is not None else {}
+        public_files = {}
+        if ledger is not None:
+            if recipe.publish.release_epsilon is not None and not ledger.state.release_epsilons:
+                ledger.charge_release(recipe.publish.release_epsilon)
+            public_files["ledger.jsonl"] = run.ledger.read_bytes()
     with access.sealer() as final:
         manifest = final.seal(
             checkpoint_of(run, subject),
@@ -116,7 +128,9 @@ def fine_tune(
     forget(state)
 
 
-def open_model(subject: Subject, recipe: Recipe, run: RunFolder, access: Access) -> tuple[Head, BaseModel, str]:
+def open_model(
+    subject: Subject, recipe: Recipe, run: RunFolder, access: Access
+) -> tuple[Head, BaseModel, str]:
     """Load a model as it was sealed, ready to be measured.
 
     Args:
@@ -133,6 +147,20 @@ def open_model(subject: Subject, recipe: Recipe, run: RunFolder, access: Access)
         return make_head(recipe, base.model, base), base, base.digest
     with access.open(checkpoint_of(run, subject)) as vault:
         files = {name: vault.read("adapter", name) for name in vault.names("adapter")}
+    return load_head(recipe, base, files)
+
+
+def load_head(recipe: Recipe, base: BaseModel, files: Mapping[str, bytes]) -> tuple[Head, BaseModel, str]:
+    """Put saved adapters and the recipe's task on a base model.
+
+    Args:
+        recipe: The recipe.
+        base: The base model, changed in place.
+        files: The adapter's files.
+
+    Returns:
+        As :func:`open_model`.
+    """
     model = load_adapter(base.model, files)
     digest = hashlib.sha256(bytes.fromhex(base.digest) + files[WEIGHTS_FILE]).hexdigest()
     return make_head(recipe, model, base), base, digest
@@ -194,21 +222,23 @@ def _run_steps(
     ledger: Ledger | None,
     steps_done: int,
     log: Log | None,
-    save: Callable[[int], None] | None,
+    save: Callable[..., None] | None,
 ) -> None:
     planned = recipe.privacy.steps
     remaining = planned - steps_done if ledger is None else ledger.remaining_steps
     if remaining == 0 and steps_done == 0:
         raise PrivacyError(
-            f"all {planned} planned steps are charged in {run.ledger}, but no training state was saved before the run was stopped, "
-            "so nothing is left to train with. Start a new run in another folder (its epsilon adds to this one's)."
+            f"all {planned} planned steps are charged in {run.ledger}, but no training state was saved "
+            "before the run was stopped, "
+            "so nothing is left to train with. Start a new run in another folder (its epsilon adds to this "
+            "one's)."
         )
     with TrainingProgress(subject, total=planned, done=planned - remaining) as progress:
         for number in range(planned - remaining + 1, planned + 1):
             result = trainer.run_step(number)
             steps_done += 1
             if save is not None and (number % recipe.training.save_every == 0 or number == planned):
-                save(steps_done)
+                save(steps_done=steps_done)
             epsilon = None
             if ledger is not None and plan.privacy is not None:
                 epsilon = plan.privacy.curve.at(ledger.steps_charged)
@@ -230,7 +260,9 @@ def _run_steps(
 def _refuse_unmoved(grads: PerSampleGradients) -> None:
     """LoRA starts with ``B = 0``: adapters that are still zero were never trained."""
     if not any(bool(layer.b.abs().max() > 0) for layer in grads.layers):
-        raise PrivacyError("the adapters did not move: nothing was learnt. Check the learning rate and the data.")
+        raise PrivacyError(
+            "the adapters did not move: nothing was learnt. Check the learning rate and the data."
+        )
 
 
 def _metadata(recipe: Recipe, base: BaseModel) -> dict[str, Any]:
@@ -240,5 +272,9 @@ def _metadata(recipe: Recipe, base: BaseModel) -> dict[str, Any]:
         "base": {"name": base.name, "digest": base.digest, "dtype": str(base.dtype).removeprefix("torch.")},
     }
     if recipe.task == "classify":
-        metadata |= {"prompt": recipe.data.prompt, "labels": list(recipe.data.labels), "label_words": recipe.data.words}
+        metadata |= {
+            "prompt": recipe.data.prompt,
+            "labels": list(recipe.data.labels),
+            "label_words": recipe.data.words,
+        }
     return metadata

@@ -21,7 +21,8 @@ NOT_COVERED = "not covered by epsilon"
 class RunFolder:
     """Paths of one run, and the results of its finished stages.
 
-    A stage's result is written whole when the stage is done, so a killed run finds each stage done or not done.
+    A stage's result is written whole when the stage is done, so a killed run finds each stage done or not
+    done.
 
     Attributes:
         root: The run folder itself, mode 0700.
@@ -67,7 +68,8 @@ class RunFolder:
                 path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise MachineError(
-                f"run_dir: {folder.root} cannot be written: {error.strerror}. Choose another with --set run_dir=FOLDER."
+                f"run_dir: {folder.root} cannot be written: {error.strerror}. Choose another with --set "
+                "run_dir=FOLDER."
             ) from error
         with folder._lock():
             folder._check_recipe(recipe, resume=resume)
@@ -159,12 +161,14 @@ class RunFolder:
             return
         if not resume:
             raise ConfigError(
-                f"run_dir: {self.root} already holds a run. Add --resume to go on with it, or choose another folder with "
+                f"run_dir: {self.root} already holds a run. Add --resume to go on with it, or choose "
+                "another folder with "
                 "--set run_dir=FOLDER. Nothing was changed."
             )
         if not digest.is_file() or digest.read_text(encoding="ascii") != recipe_digest(recipe):
             raise ConfigError(
-                f"run_dir: {self.root} holds a run of another recipe ({self.recipe}), which can't be resumed with this one. "
+                f"run_dir: {self.root} holds a run of another recipe ({self.recipe}), which can't be "
+                "resumed with this one. "
                 "Choose another folder with --set run_dir=FOLDER. Nothing was changed."
             )
 
@@ -175,7 +179,8 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise MachineError(
-                    f"run_dir: another process is running in {self.root}. Wait for it, or choose another folder with "
+                    f"run_dir: another process is running in {self.root}. Wait for it, or choose another "
+                    "folder with "
                     "--set run_dir=FOLDER."
                 ) from error
             yield

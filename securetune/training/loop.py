@@ -28,10 +28,12 @@ class StepResult:
 
     Attributes:
         step: Number of the step, from 1.
-        loss: Mean loss over the samples drawn, under attack where training is adversarial; None if none was drawn.
+        loss: Mean loss over the samples drawn, under attack where training is adversarial; None if none was
+            drawn.
         num_samples: Samples drawn.
         num_tokens: Tokens, padding included.
-        clipped_fraction: Share of samples whose gradient was longer than the clipping norm; None without clipping.
+        clipped_fraction: Share of samples whose gradient was longer than the clipping norm; None without
+            clipping.
         seconds: Wall-clock time.
     """
 
@@ -85,7 +87,7 @@ class Adversary:
 
 
 class Trainer:
-    """Runs steps over the private examples, one at a time, so that its caller can save, show and stop between them.
+    """Runs one step at a time over the private examples, so that its caller can save and show in between.
 
     Args:
         head: The model with its adapters, and its task.
@@ -216,7 +218,8 @@ def _out_of_memory_advice() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             raise MachineError(
-                "memory ran out in a training step. Lower training.micro_batch_tokens (the result does not depend on it), "
+                "memory ran out in a training step. Lower training.micro_batch_tokens (the result does not "
+                "depend on it), "
                 "data.max_length or training.lora.rank."
             ) from error
         raise

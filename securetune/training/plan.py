@@ -1,5 +1,6 @@
 """The plan: noise, budget, time and memory of a run, printed before anything is spent."""
 
+import json
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from securetune.config.schema import Recipe
+from securetune.files import write_atomic
 from securetune.privacy.accounting import PrivacyPlan, PrivacySpec, plan_privacy
+from securetune.training.folder import RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -17,8 +20,8 @@ if TYPE_CHECKING:
 UNIT = "one record; a person with several records is not covered"
 _MODELS_EVALUATED = 3  # base, plain, hardened
 _PROBE_ROWS = 16
-# Activations that autograd keeps, in numbers per token and layer: measured on Llama-shaped models as about 18 vectors of
-# the hidden size and 6 of the feed-forward size.
+# Activations that autograd keeps, in numbers per token and layer: measured on Llama-shaped models as about 18
+# vectors of the hidden size and 6 of the feed-forward size.
 _HIDDEN_VECTORS, _FEED_FORWARD_VECTORS = 18, 6
 _PROCESS_BYTES = 900 << 20  # Python, torch and transformers themselves
 
@@ -104,13 +107,22 @@ class Plan:
             rows += [
                 ("privacy unit", UNIT),
                 ("neighbours", f"add or remove one record; Poisson sampling; {plan.accountant}"),
-                ("epsilon", f"{plan.epsilon:.3f} of {spec.target_epsilon:g} at delta = {spec.delta:g} (RDP cross-check {plan.rdp_epsilon:.2f})"),
+                (
+                    "epsilon",
+                    f"{plan.epsilon:.3f} of {spec.target_epsilon:g} at delta = {spec.delta:g} (RDP "
+                    f"cross-check {plan.rdp_epsilon:.2f})",
+                ),
                 ("noise", f"sigma {plan.noise_multiplier:.4f} x clipping norm {spec.max_grad_norm:g}"),
-                ("steps", f"{spec.steps}, expected batch {spec.expected_batch_size}, sample rate {spec.sample_rate:g}"),
+                (
+                    "steps",
+                    f"{spec.steps}, expected batch {spec.expected_batch_size}, sample rate "
+                    f"{spec.sample_rate:g}",
+                ),
                 (
                     "what that means",
                     "no membership attack can find more than "
-                    f"{plan.max_tpr_at_1pct_fpr_pld:.1%} of the members at 1 % false alarms (by (epsilon, delta) alone: {plan.max_tpr_at_1pct_fpr:.1%})",
+                    f"{plan.max_tpr_at_1pct_fpr_pld:.1%} of the members at 1 % false alarms (by (epsilon, "
+                    f"delta) alone: {plan.max_tpr_at_1pct_fpr:.1%})",
                 ),
                 ("not counted", "settings tuned on the private data, and the decision to publish"),
             ]
@@ -123,7 +135,9 @@ class Plan:
         return rows
 
 
-def make_plan(recipe: Recipe, *, base: "BaseModel | None" = None, tokens_per_record: float | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, *, base: "BaseModel | None" = None, tokens_per_record: float | None = None
+) -> Plan:
     """Calibrate the noise and predict time and memory.
 
     Args:
@@ -192,13 +206,15 @@ def _estimate(recipe: Recipe, base: "BaseModel", tokens: float) -> Estimate:
 def _measure(base: "BaseModel", tokens: int) -> tuple[float, float]:
     """Time the decoder on one small batch: seconds per token forward, and forward with backward."""
     decoder = base.model.get_decoder()
-    width = base.model.get_input_embeddings().weight.shape[1]
-    embeds = torch.zeros(_PROBE_ROWS, tokens, width, dtype=base.dtype, device=base.device)
+    width = base.model.config.get_text_config().hidden_size
+    embeds = torch.zeros((_PROBE_ROWS, tokens, width), dtype=base.dtype, device=base.device)
 
     def once(with_backward: bool) -> float:
         started = time.perf_counter()
         with torch.set_grad_enabled(with_backward):
-            hidden = decoder(inputs_embeds=embeds.requires_grad_(with_backward), use_cache=False).last_hidden_state
+            hidden = decoder(
+                inputs_embeds=embeds.requires_grad_(with_backward), use_cache=False
+            ).last_hidden_state
             if with_backward:
                 torch.autograd.grad(hidden.float().sum(), embeds)
         if base.device.type == "cuda":
@@ -228,9 +244,21 @@ def _adapter_parameters(recipe: Recipe, base: "BaseModel") -> int:
     output = base.model.get_output_embeddings()
     for name, module in base.model.named_modules():
         weight = getattr(module, "weight", None)
-        is_linear = isinstance(weight, torch.Tensor) and weight.ndim == 2 and module is not output
-        if not is_linear or isinstance(module, torch.nn.Embedding):
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+            continue
+        if module is output or isinstance(module, torch.nn.Embedding):
             continue
         if lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules:
             total += lora.rank * sum(weight.shape)
     return total
+
+
+def write_plan(plan: Plan, run: RunFolder) -> None:
+    """Write ``plan.json`` into the run folder; a resumed run keeps the first one.
+
+    Args:
+        plan: The plan.
+        run: The run's folder.
+    """
+    if not run.plan.exists():
+        write_atomic(run.plan, json.dumps(plan.to_dict(), indent=2) + "\n")

@@ -63,7 +63,8 @@ def prepare_data(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizer
     data = recipe.data
     if data.screen == "cross_record" and recipe.privacy.enabled:
         raise PrivacyError(
-            "data.screen: 'cross_record' compares private records with each other, so one record could decide whether another "
+            "data.screen: 'cross_record' compares private records with each other, so one record could "
+            "decide whether another "
             "is trained on, and epsilon would not hold. Set data.screen: none."
         )
     loaded = load_records(data, recipe.task)

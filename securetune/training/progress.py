@@ -60,4 +60,50 @@ class TrainingProgress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=1, numbers=numbers)
         else:
-            self._console.print(f"{self._title}  step {result.step}/{self._total}  {numbers}", highlight=False)
+            self._console.print(
+                f"{self._title}  step {result.step}/{self._total}  {numbers}", highlight=False
+            )
+
+
+class StageProgress:
+    """What a person sees while a model is measured: a bar on a terminal, one line per stage elsewhere.
+
+    Args:
+        subject: Which model.
+    """
+
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
+        self._console = Console()
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        if sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Show how far a stage is.
+
+        Args:
+            stage: Its name.
+            done: Texts done.
+            total: Texts in the stage.
+        """
+        title = f"evaluate {self._subject}: {stage}"
+        if self._bar is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bar.add_task(title, total=total)
+            self._bar.update(self._tasks[stage], completed=done, total=total)
+        elif done == total:
+            self._console.print(f"{title}  {total} texts", highlight=False)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from securetune.config.schema import Recipe
 from securetune.errors import CheckpointError
 from securetune.models.adapters import load_adapter
 from securetune.models.base import load_base
-from securetune.config.schema import Recipe
 from securetune.training.access import Access
 
 # Public sentences, so that the comparison needs no private record.
@@ -63,14 +63,23 @@ def check_reopens(recipe: Recipe, access: Access, checkpoint: Path, public_key: 
             passphrase.touch(mode=0o600)
             passphrase.write_bytes(bytes(access.passphrase))
             key = ["--passphrase-file", str(passphrase)]
-        arguments = ["checkpoint", "open", str(checkpoint), str(target), "--public-key", str(public_key), *key]
+        arguments = [
+            "checkpoint",
+            "open",
+            str(checkpoint),
+            str(target),
+            "--public-key",
+            str(public_key),
+            *key,
+        ]
         _run([sys.executable, "-m", "securetune", *arguments])
         output = _run([sys.executable, "-c", _READER, str(target / "adapter"), json.dumps(PROBES)])
     actual = torch.tensor(json.loads(output.strip().rpartition("\n")[2]))
     difference = float((actual - torch.stack(expected)).abs().max())
     if not difference <= _TOLERANCE:
         raise CheckpointError(
-            f"{checkpoint}, opened in a fresh process, answers differently: its logits differ by {difference:.2e} (allowed "
+            f"{checkpoint}, opened in a fresh process, answers differently: its logits differ by "
+            f"{difference:.2e} (allowed "
             f"{_TOLERANCE:.0e}). Do not hand it over."
         )
     return difference

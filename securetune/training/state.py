@@ -1,4 +1,4 @@
-"""What a killed training run goes on from: adapters and optimizer moments, sealed, never a key of noise or sampling."""
+"""What a killed training goes on from: adapters and optimizer moments, sealed; never a key of noise."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,12 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_state(
-    folder: Path, sealer: Sealer, grads: PerSampleGradients, optimizer: torch.optim.Optimizer, *, steps_done: int
+    folder: Path,
+    sealer: Sealer,
+    grads: PerSampleGradients,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps_done: int,
 ) -> None:
     """Seal the training state after a step; an older state stays whole until the new one is complete.
 
@@ -60,7 +65,8 @@ def load_state(
     with access.open(folder) as vault:
         if vault.metadata.get("num_params") != grads.num_params:
             raise CheckpointError(
-                f"{folder} holds a state of {vault.metadata.get('num_params')} adapter parameters, this recipe has "
+                f"{folder} holds a state of {vault.metadata.get('num_params')} adapter parameters, this "
+                "recipe has "
                 f"{grads.num_params}. It belongs to another recipe."
             )
         params = load(vault.read("adapter", _FLAT))["params"]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._backend import Backend, resolve_backend
 from .reference import Direction, Norm, pgd_step_reference
+from .torch_path import pgd_step_torch
 
 __all__ = ["pgd_step", "pgd_step_reference"]
 
@@ -42,7 +43,7 @@ def pgd_step(
         Elements off the mask are exactly zero, and what ``delta`` and ``grad`` hold there changes nothing.
         A unit of the result depends on that unit of ``delta``, ``grad`` and ``mask`` only.
         A unit whose gradient is zero, NaN or infinite somewhere takes no step. A unit whose ``delta`` is NaN or infinite
-        somewhere becomes zero.
+        somewhere becomes zero; with ``"l2_sample"`` in Triton also one over 1e18 times longer than radius and step.
         The same call on the same machine gives the same bits.
 
     Args:
@@ -54,7 +55,7 @@ def pgd_step(
         radius: Radius of the ball, from 1e-9 to 1e9, in units of the embedding.
         norm: ``"l2_token"`` bounds the L2 norm of each token, ``"l2_sample"`` that of each sample, ``"linf"`` each entry.
         direction: ``"sign"`` of the gradient, or the gradient ``"normalised"`` to length one in the norm of the ball.
-        backend: ``"triton"``, ``"torch"`` (the reference) or ``"auto"`` (see ``resolve_backend``).
+        backend: ``"triton"``, ``"torch"`` or ``"auto"`` (see ``resolve_backend``).
 
     Returns:
         The new perturbation: ``[B, T, D]``, ``delta``'s dtype, contiguous.
@@ -73,9 +74,7 @@ def pgd_step(
         unsupported = f"the embedding size {delta.shape[2]} is above {MAX_TRITON_EMBEDDING}"
     chosen = resolve_backend(backend, delta, op="pgd_step", unsupported=unsupported)
     if chosen == "torch":
-        return pgd_step_reference(
-            delta, grad, mask, step_size=step_size, radius=radius, norm=norm, direction=direction
-        ).contiguous()
+        return pgd_step_torch(delta, grad, mask, step_size=step_size, radius=radius, norm=norm, direction=direction)
     from .triton_kernels import pgd_step_triton  # triton is optional: imported on first use
 
     return pgd_step_triton(delta, grad, mask, step_size=step_size, radius=radius, norm=norm, direction=direction)

@@ -1,4 +1,4 @@
-"""Reference for ``pgd_step`` in plain PyTorch: the ground truth of its tests, and the path without Triton."""
+"""Reference for ``pgd_step`` in plain PyTorch: slow, obvious, and the ground truth of its tests."""
 
 import math
 from typing import Literal
@@ -14,7 +14,6 @@ INSIDE = 1.0 - 2.0**-18
 # Relative and absolute error of rounding to the nearest number of a dtype: half a unit in the last place, and half
 # the distance of subnormal numbers.
 ROUNDING = {
-    torch.float64: (0.0, 0.0),
     torch.float32: (0.0, 0.0),
     torch.bfloat16: (2.0**-8, 0.0),
     torch.float16: (2.0**-11, 2.0**-25),
@@ -44,10 +43,18 @@ def pgd_step_reference(
     length = _l2_norm(moved, unit_dims)
     inside = INSIDE * radius
     moved = torch.where(length > inside, moved * (inside / length), moved)
-    relative, absolute = ROUNDING[delta.dtype]
-    size = math.prod(delta.shape[dim] for dim in unit_dims)
-    fits = length * (1.0 + relative) + absolute * math.sqrt(size) <= inside
-    return torch.where(fits, moved.to(delta.dtype), round_toward_zero(moved, delta.dtype))
+    return cast_within(moved, length, inside, math.prod(delta.shape[dim] for dim in unit_dims), delta.dtype)
+
+
+def cast_within(values: Tensor, length: Tensor, inside: float, unit_size: int, dtype: torch.dtype) -> Tensor:
+    """Cast to ``dtype``, toward zero where a unit of this ``length`` might be rounded out of the ball."""
+    if dtype == values.dtype:
+        return values
+    relative, absolute = ROUNDING[dtype]
+    fits = length * (1.0 + relative) + absolute * math.sqrt(unit_size) <= inside
+    nearest = values.to(dtype)
+    # an entry too large for float16 would become infinite
+    return torch.where(fits & nearest.isfinite(), nearest, round_toward_zero(values, dtype))
 
 
 def _direction_of(grads: Tensor, direction: Direction, norm: Norm, unit_dims: tuple[int, ...]) -> Tensor:
@@ -59,10 +66,8 @@ def _direction_of(grads: Tensor, direction: Direction, norm: Norm, unit_dims: tu
 
 
 def _l2_norm(values: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Return the L2 norm over ``dims``, dividing by the largest entry first so that no square overflows or vanishes."""
-    largest = values.abs().amax(dim=dims, keepdim=True)
-    scale = torch.where(largest > 0, largest, 1.0)
-    return scale * torch.linalg.vector_norm(values / scale, dim=dims, keepdim=True)
+    """Return the L2 norm over ``dims``; squares of float32 numbers neither overflow nor vanish in float64."""
+    return torch.linalg.vector_norm(values, dim=dims, keepdim=True, dtype=torch.float64).to(values.dtype)
 
 
 def round_toward_zero(values: Tensor, dtype: torch.dtype) -> Tensor:

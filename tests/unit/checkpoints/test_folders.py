@@ -23,7 +23,8 @@ def swap(request, monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        "", ".", "..", "../x", "/x", "a/b", "a\\b", "C:x", "x.", ".hidden", "x ", "a b", "CON", "con.txt", "nul",
+        "", ".", "..", "../x", "/x", "a/b", "a\\b", "C:x", "x.", ".hidden", "x ", "a b", "CON",
+        "con.txt", "nul",
         "Lpt1.json",        "a\0b", "a\nb", "x" * 101, "cafe\u0301", "\u202etxt",
     ],
 )  # fmt: skip

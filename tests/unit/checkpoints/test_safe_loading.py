@@ -168,7 +168,7 @@ def test_settings_that_peft_writes_are_accepted(tmp_path):
     [
         {}, {"target_modules": "all-linear"}, {"rank_pattern": {"layers.0": 8}}, {"new_field": None},
         {"new_flag": False},
-        {"base_model_name_or_path": "some/model"}, {"modules_to_save": ["classifier"]}, 
+        {"base_model_name_or_path": "some/model"}, {"modules_to_save": ["classifier"]},
         {"init_lora_weights": True},
     ],
     ids=str,

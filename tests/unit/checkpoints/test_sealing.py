@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import reduce
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -161,6 +162,20 @@ def test_source_that_grows_while_it_is_read_is_refused(sealer, tmp_path, monkeyp
         sealer.seal(tmp_path / "a", {"rng": {"x.json": source}})
 
 
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), 2**60, "\0", object(), reduce(lambda inner, _: [inner], range(20), 0)],
+)
+def test_metadata_that_could_not_be_read_back_is_refused(value, seal_small, tmp_path):
+    with pytest.raises(ConfigError, match="metadata must be a JSON object"):
+        seal_small(tmp_path / "a", metadata={"a": value})
+
+
+def test_more_files_than_a_reader_opens_are_refused(sealer, tmp_path):
+    with pytest.raises(CheckpointError, match="at most 508 files, got 509"):
+        sealer.seal(tmp_path / "a", {"rng": {f"f{number}.json": b"" for number in range(509)}})
+
+
 def test_folder_that_is_no_checkpoint_is_never_replaced(seal_small, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(CheckpointError, match=r"holds other files and no vault\.json"):
@@ -298,7 +313,7 @@ def test_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(swap, tmp_path,
     assert int(result.stdout) > 50
 
 
-def test_large_file_is_sealed_at_half_a_gigabyte_per_second_of_cpu(tmp_path, keys):
+def test_large_file_is_sealed_at_the_speed_of_hashing(tmp_path, keys):
     size = 64 << 20
     (tmp_path / "big").write_bytes(os.urandom(1 << 20) * 64)
     best = 0.0
@@ -311,4 +326,5 @@ def test_large_file_is_sealed_at_half_a_gigabyte_per_second_of_cpu(tmp_path, key
             recipients=[keys.recipient_public],
         )
         best = max(best, size / (time.process_time() - started))
-    assert best > 0.5e9
+    # about 0.9e9 where SHA-256 runs at 1.3e9; far below it somebody put a slow loop on the way
+    assert best > 0.2e9

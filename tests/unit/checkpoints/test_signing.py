@@ -106,6 +106,14 @@ def test_stock_library_accepts_our_signature_with_an_ignored_folder(folder, keys
         verify_folder(folder, keys.owner_public)
 
 
+def test_published_folder_with_a_signed_checkpoint_inside_verifies(folder, keys):
+    stock = pytest.importorskip("model_signing.verifying")
+    sign_folder(folder / "sub", keys.owner)
+    sign_folder(folder, keys.owner)
+    stock.Config().use_elliptic_key_verifier(public_key=keys.owner_pub).verify(folder, folder / "model.sig")
+    assert "sub/model.sig" in verify_folder(folder, keys.owner_public)
+
+
 def test_ignoring_more_than_was_signed_does_not_help(signed, keys):
     (signed / "evil").mkdir()
     (signed / "evil" / "weights.safetensors").touch()

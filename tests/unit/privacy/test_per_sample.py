@@ -18,7 +18,9 @@ from tests.tiny import tiny_llama, tiny_model
 VOCAB = 300
 
 
-def adapted(base: nn.Module, *, targets="all-linear", dtype=torch.float64, seed: int = 0, **options) -> nn.Module:
+def adapted(
+    base: nn.Module, *, targets="all-linear", dtype=torch.float64, seed: int = 0, **options
+) -> nn.Module:
     """Put adapters with a non-zero ``B`` on a base model, so that both matrices have a gradient."""
     base.requires_grad_(False)
     torch.manual_seed(seed)
@@ -32,7 +34,9 @@ def adapted(base: nn.Module, *, targets="all-linear", dtype=torch.float64, seed:
 
 
 def bases() -> dict[str, nn.Module]:
-    gpt2 = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1)
+    gpt2 = GPT2Config(
+        vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1
+    )
     qwen = Qwen2Config(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1,
@@ -67,7 +71,9 @@ def test_rows_equal_autograd_on_one_sample(family, batch, tokens):
     ids = torch.randint(0, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(1))
     expected = oracle(copy.deepcopy(model), ids)
     engine = PerSampleGradients(model)
-    torch.testing.assert_close(engine.backward(next_token_losses(model, ids)), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        engine.backward(next_token_losses(model, ids)), expected, rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["v_proj", "down_proj"]])
@@ -76,14 +82,18 @@ def test_partial_targets_and_frozen_rest(targets):
     ids = torch.randint(0, VOCAB, (3, 9))
     expected = oracle(copy.deepcopy(model), ids)
     engine = PerSampleGradients(model)
-    torch.testing.assert_close(engine.backward(next_token_losses(model, ids)), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        engine.backward(next_token_losses(model, ids)), expected, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_rank_stabilised_scaling():
     model = adapted(bases()["llama"], use_rslora=True)
     ids = torch.randint(0, VOCAB, (2, 6))
     expected = oracle(copy.deepcopy(model), ids)
-    torch.testing.assert_close(PerSampleGradients(model).backward(next_token_losses(model, ids)), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        PerSampleGradients(model).backward(next_token_losses(model, ids)), expected, rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -95,7 +105,9 @@ def test_gradient_checkpointing(use_reentrant):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     model.train()
-    torch.testing.assert_close(engine.backward(next_token_losses(model, ids)), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        engine.backward(next_token_losses(model, ids)), expected, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_module_used_twice_in_one_forward():
@@ -114,7 +126,9 @@ def test_module_used_twice_in_one_forward():
         return model(x).square().flatten(1).sum(dim=1)
 
     expected = oracle(copy.deepcopy(model), x, losses=losses)
-    torch.testing.assert_close(PerSampleGradients(model).backward(losses(model, x)), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        PerSampleGradients(model).backward(losses(model, x)), expected, rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 2, 3, 6)])
@@ -126,7 +140,9 @@ def test_inputs_of_any_rank(shape):
         return model(x).square().flatten(1).sum(dim=1)
 
     expected = oracle(copy.deepcopy(model), x, losses=losses)
-    torch.testing.assert_close(PerSampleGradients(model).backward(losses(model, x)), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        PerSampleGradients(model).backward(losses(model, x)), expected, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_input_gradient_is_unchanged():
@@ -158,7 +174,9 @@ def test_dropout_draws_one_mask_for_forward_and_gradient():
     torch.manual_seed(5)
     parameters = [p for p in reference.parameters() if p.requires_grad]
     summed = torch.autograd.grad(next_token_losses(reference, ids).sum(), parameters)
-    torch.testing.assert_close(rows.sum(dim=0), torch.cat([g.flatten() for g in summed]), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        rows.sum(dim=0), torch.cat([g.flatten() for g in summed]), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_empty_batch_and_unused_layer():

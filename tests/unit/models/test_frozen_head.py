@@ -1,0 +1,44 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from securetune.models.frozen_head import frozen_head_losses
+
+
+def inputs(rows, *, with_bias, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 16, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(37, 16, generator=generator, dtype=dtype)
+    bias = torch.randn(37, generator=generator, dtype=dtype) if with_bias else None
+    return hidden, weight, bias, torch.randint(37, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 127, 128, 129])
+def test_losses_and_gradients_are_those_of_autograd(rows, with_bias):
+    hidden, weight, bias, targets = inputs(rows, with_bias=with_bias)
+    upstream = torch.linspace(-1, 1, rows, dtype=torch.float64)
+    expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
+    losses = frozen_head_losses(hidden, weight, bias, targets)
+    torch.testing.assert_close(losses, expected)
+    (grad,) = torch.autograd.grad(losses, hidden, upstream)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, hidden, upstream)[0])
+
+
+def test_bfloat16_gives_float32_losses_close_to_the_truth():
+    hidden, weight, bias, targets = inputs(50, with_bias=True, dtype=torch.bfloat16)
+    losses = frozen_head_losses(hidden, weight, bias, targets)
+    truth = F.cross_entropy(
+        F.linear(hidden.double(), weight.double(), bias.double()), targets, reduction="none"
+    )
+    plain = F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
+    assert losses.dtype == torch.float32
+    assert (losses - truth).abs().max() <= 1.5 * (plain - truth).abs().max()
+
+
+def test_an_output_layer_that_learns_is_refused():
+    hidden, weight, bias, targets = inputs(3, with_bias=True)
+    with pytest.raises(ValueError, match="requires a gradient"):
+        frozen_head_losses(hidden, weight.requires_grad_(), bias, targets)
+    with pytest.raises(ValueError, match="requires a gradient"):
+        frozen_head_losses(hidden, weight.detach(), bias.requires_grad_(), targets)
