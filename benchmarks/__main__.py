@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line per result to FILE")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="few rounds, small shapes: checks that it runs")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a results file, run nothing")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a results file")
     options = parser.parse_args(arguments)
     if options.show is not None:
         return show(options.show)

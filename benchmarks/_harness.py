@@ -4,8 +4,8 @@ A benchmark is a file ``benchmarks/bench_<name>.py`` with one function::
 
     def run(context: Context) -> Iterable[Result]:   # a list, or a generator that yields as it goes
 
-``python -m benchmarks NAME`` finds it by its file name and runs it. Each result is printed and written as soon
-as it is yielded, so a benchmark that is stopped half way keeps what it measured. Inside ``run``::
+``python -m benchmarks NAME`` finds it by its file name and runs it. Each result is written as soon as it is
+yielded, so a benchmark that is stopped half way keeps what it measured. Inside ``run``::
 
     if context.device.type != "cuda":
         raise DoesNotFit("needs a GPU")                     # the reason is printed, the run goes on
@@ -14,8 +14,8 @@ as it is yielded, so a benchmark that is stopped half way keeps what it measured
     yield compare_times("dp_lora_step", timings["ours"], timings["theirs"], agreement, context, ...)
     yield compare_memory("dp_lora_step", ours_bytes, theirs_bytes, agreement, context, ...)
 
-A comparison cannot be built without an ``Agreement``, and an ``Agreement`` only comes from a check that passed:
-no speed-up is ever printed for outputs that differ.
+A comparison cannot be built without an ``Agreement``, and an ``Agreement`` only comes from a check that
+passed: no speed-up is ever printed for outputs that differ.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-# Written between timed calls on a GPU: larger than any L2 cache (60 MB on H200), and long enough (a few hundred
-# microseconds) that the launches of the timed call are queued before the GPU gets to them.
+# Written between timed calls on a GPU: larger than any L2 cache (50 MB on H100), and it takes long enough
+# (a few hundred microseconds) that the launches of the timed call are queued before the GPU gets to them.
 FLUSH_BYTES = 1 << 29
 
 
@@ -147,6 +147,9 @@ def check_agreement(what: str, actual: Tensor, expected: Tensor, *, tolerance: f
         expected: The baseline's output, or the truth; same shape.
         tolerance: Largest allowed ``||actual - expected|| / ||expected||``.
 
+    Returns:
+        The error and the tolerance, as proof for ``compare_times`` and ``compare_memory``.
+
     Raises:
         OutputsDiffer: If the distance is larger than ``tolerance`` or not a number.
     """
@@ -176,8 +179,8 @@ def time_paired(
 ) -> dict[str, Timing]:
     """Time several callables in turn, round after round, so that they meet the same machine.
 
-    The order rotates from round to round. On a GPU each call is bracketed by events, after a write that empties the
-    L2 cache; on a CPU by ``time.perf_counter``. Garbage collection is off while timing.
+    The order rotates from round to round. On a GPU each call is bracketed by events, after a write that
+    empties the L2 cache; on a CPU by ``time.perf_counter``. Garbage collection is off while timing.
 
     Args:
         candidates: Name to callable. Each call does the same work as the one before.
@@ -251,8 +254,12 @@ def peak_memory_bytes(function: Callable[[], object], device: torch.device) -> i
     """Measure how far memory rises during one call, above what was in use before it.
 
     On a GPU: torch's allocator. On a CPU: the peak of the resident set (``VmHWM``, reset through
-    ``/proc/self/clear_refs`` after free heap memory was handed back to the system), so it counts every library.
+    ``/proc/self/clear_refs`` after free heap memory was handed back to the system), so every library counts.
     Call the function once beforehand to leave out what is allocated once for good.
+
+    Args:
+        function: What to measure.
+        device: Whose memory.
 
     Returns:
         Bytes, or ``None`` where the system cannot reset its peak (anything but Linux).
@@ -273,10 +280,17 @@ def peak_memory_bytes(function: Callable[[], object], device: torch.device) -> i
 
 
 def peak_rss_bytes_in_subprocess(target: str, *arguments: str) -> int:
-    """Run ``module:function(*arguments)`` in a fresh Python process and return that process' peak resident set.
+    """Run ``module:function(*arguments)`` in a fresh Python process and return its peak resident set.
 
-    For whole flows (imports and model included), where one process must not inherit another's heap. The peak is
-    ``VmHWM``, not ``getrusage``'s ``ru_maxrss``: the latter is inherited from the parent across ``exec``.
+    For whole flows (imports and model included), where one process must not inherit another's heap. The peak
+    is ``VmHWM``, not ``getrusage``'s ``ru_maxrss``, which a process inherits from its parent across ``exec``.
+
+    Args:
+        target: What to run, as in ``"benchmarks.bench_dp_lora_step:one_step"``.
+        *arguments: Strings handed to it.
+
+    Returns:
+        Bytes.
 
     Raises:
         RuntimeError: If the process fails; the message holds the end of its error output.
@@ -333,7 +347,7 @@ def compare_times(
     packages: Iterable[str] = (),
     note: str = "",
 ) -> Result:
-    """Build the result for a candidate's time against a baseline's, measured in the same ``time_paired`` call.
+    """Build the result for a candidate's time against a baseline's, both from one ``time_paired`` call.
 
     Args:
         benchmark: Name of the benchmark.
@@ -347,6 +361,9 @@ def compare_times(
         metric: What was timed.
         packages: Distributions whose versions matter, besides torch and triton.
         note: One sentence for the reader.
+
+    Returns:
+        The result, whose ``ratio`` is median over median; the quantiles of the paired ratios stand beside it.
     """
     ratios = candidate.ratio_to(baseline)
     return _result(
@@ -370,7 +387,7 @@ def compare_memory(
     packages: Iterable[str] = (),
     note: str = "",
 ) -> Result:
-    """Build the result for a candidate's peak memory against a baseline's; arguments as in ``compare_times``."""
+    """Build the result for a candidate's peak memory; arguments as in ``compare_times``."""
     value = float(candidate_bytes)
     return _result(
         benchmark, metric, "B", Quantiles(value, value, value), context,
@@ -484,7 +501,7 @@ def print_table(results: Sequence[Result], out: TextIO | None = None) -> None:
         "baseline value",
         "ratio [q20, q80]",
     )
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for result in results:
         ratio = "" if result.ratio is None else f"{result.ratio:.3f}"
         if "ratio_q20" in result.quantiles:

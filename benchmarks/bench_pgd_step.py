@@ -25,8 +25,8 @@ from ._harness import (
 NAME = "pgd_step"
 STEP_SIZE = 0.1
 RADIUS = 0.3
-# In bfloat16 a unit on the sphere is rounded toward zero, by at most one bit, so that the budget holds; the baselines
-# round to nearest and may leave the ball.
+# In bfloat16 a unit on the sphere is rounded toward zero, by at most one bit, so that the budget holds; the
+# baselines round to nearest and may leave the ball.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 NORMS: tuple[Norm, ...] = ("l2_token", "linf", "l2_sample")
 
@@ -91,13 +91,13 @@ def _run_norm(shape: Shape, norm: Norm, context: Context) -> Iterator[Result]:
         yield compare_times(
             NAME, timings["ours"], timings[name], agreements[name], context,
             baseline_name=name, shape=label, dtype=dtype,
-            note="the baseline neither guards against non-finite gradients nor keeps the budget after rounding",
+            note="the baseline has no guard against non-finite gradients and may leave the ball by rounding",
         )  # fmt: skip
     reads = 4 if norm == "l2_sample" else 2
     moved_bytes = (reads + 1) * delta.numel() * delta.element_size()
     rates = Quantiles(*(moved_bytes / seconds / 1e9 for seconds in reversed(timings["ours"].quantiles)))
-    yield plain_result(NAME, "bandwidth", "GB/s", rates, context, shape=label, dtype=dtype,
-                       note=f"{reads} reads and one write of each element, masked tokens included")  # fmt: skip
+    note = f"{reads} reads and one write of each element, masked tokens included"
+    yield plain_result(NAME, "bandwidth", "GB/s", rates, context, shape=label, dtype=dtype, note=note)
 
 
 def _plain_step(norm: Norm) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

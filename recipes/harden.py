@@ -2,23 +2,20 @@
 
     accelerate launch recipes/harden.py CONFIG [--set option=value ...] [--resume]
 
-The story, top to bottom: load the data and the keys; plan the privacy budget; train a plain model to compare
-    with; train
-the private, hardened one and seal it; measure all three models; report; pass the release gate; publish; and
-open what was published the way its receiver will.
+The story, top to bottom: load the data and the keys; plan the privacy budget; train a plain model to
+compare with; train the private, hardened one and seal it; measure all three models; report; pass the release
+gate; publish; and open what was published the way its receiver will.
 """
 
 import argparse
-import sys
 
 from accelerate import Accelerator
-from rich.console import Console
 
+from securetune.cli.output import clean_exit, console
 from securetune.config.launch import require_single_process
 from securetune.config.loader import load_recipe
 from securetune.config.packaged import find_config
 from securetune.config.schema import Recipe
-from securetune.errors import GateFailed, SecuretuneError
 from securetune.files import write_atomic
 from securetune.models.base import choose_device, load_base
 from securetune.publishing import check_gate, publish
@@ -35,29 +32,21 @@ from securetune.training.prepare import prepare_data
 from securetune.training.release import release_evidence
 from securetune.training.reopen import check_reopens
 
-console = Console()
+out = console()
 
 
-def main() -> int:
+def main() -> None:
     """Run the recipe named on the command line.
 
-    Returns:
-        Exit status: 0 for a published model, 1 for a failed release gate, 2 for anything that needs the user.
+    Exit status: 0 for a published model, 1 for a failed release gate, 2 for anything that needs the user.
     """
     arguments = _parse_arguments()
-    try:
+    with clean_exit():
         require_single_process()
         recipe = load_recipe(find_config(arguments.config), arguments.set)
         choose_device(recipe.model.device)  # a GPU that is not there is refused before anything is made
         with RunFolder.open(recipe, resume=arguments.resume) as run:
             harden(recipe, run)
-    except GateFailed as error:
-        console.print(f"[bold red]Not published.[/] {error}", highlight=False)
-        return 1
-    except SecuretuneError as error:
-        console.print(f"[bold red]{type(error).__name__}:[/] {error}", highlight=False)
-        return 2
-    return 0
 
 
 def harden(recipe: Recipe, run: RunFolder) -> None:
@@ -74,7 +63,7 @@ def harden(recipe: Recipe, run: RunFolder) -> None:
         data = prepare_data(recipe, run, base.tokenizer)
         plan = make_plan(recipe, base=base, tokens_per_record=data.mean_tokens)
         write_plan(plan, run)
-        console.print(plan.render())
+        out.print(plan.render())
         del base
 
     with run.stage("plain fine-tune"):
@@ -95,8 +84,8 @@ def harden(recipe: Recipe, run: RunFolder) -> None:
         write_atomic(run.report_json, report_json(report))
         write_atomic(run.report_html, render_html(report))
         del base
-    console.print(headline(report))
-    console.print(f"Report: {run.report_html}", highlight=False)
+    out.print(headline(report))
+    out.print(f"Report: {run.report_html}")
 
     with run.stage("publish"):
         released = release_evidence(recipe, run, measured.evidence) if gate.passed else []
@@ -110,29 +99,29 @@ def harden(recipe: Recipe, run: RunFolder) -> None:
         )
         if not run.has("reopened"):
             _reopen(recipe, run, access)
-    console.print(f"Published {len(published.files)} files to {published.folder}.", highlight=False)
+    out.print(f"Published {len(published.files)} files to {published.folder}.")
     _print_times(run)
     accelerator.end_training()
 
 
 def _reopen(recipe: Recipe, run: RunFolder, access: Access) -> None:
     if access.identity_file is None and access.passphrase is None:
-        console.print(
+        out.print(
             "Not re-opened: only the recipients' private keys open it. Check with 'securetune checkpoint "
             "open'."
         )
         return
     difference = check_reopens(recipe, access, recipe.publish_folder, run.public_key)
     run.save("reopened", {"largest_logit_difference": difference})
-    console.print(
-        f"Re-opened in a fresh process: same outputs (logits within {difference:.1e}).", highlight=False
+    out.print(
+        f"Re-opened in a fresh process: same outputs (logits within {difference:.1e})."
     )
 
 
 def _print_times(run: RunFolder) -> None:
     times = run.stage_times()
-    console.print("  ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()), highlight=False)
-    console.print(f"Total {sum(times.values()) / 60:.1f} min", highlight=False)
+    out.print("  ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()))
+    out.print(f"Total {sum(times.values()) / 60:.1f} min")
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -148,4 +137,4 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""Shared by all tests: Triton's interpreter where there is no GPU, the ``gpu`` marker, poisoned kernel memory."""
+"""Shared by all tests: Triton's interpreter without a GPU, the ``gpu`` marker, poisoned kernel memory."""
 
 import importlib
 import os
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class PoisonedTorch:
-    """Stands for the module ``torch``, but ``empty`` and ``empty_like`` return NaN instead of whatever was there."""
+    """Stands for the module ``torch``, but ``empty`` and ``empty_like`` return NaN."""
 
     def __getattr__(self, name: str) -> object:
         return getattr(torch, name)

@@ -1,4 +1,4 @@
-"""Guards the layout: the folder ``kernels/`` must never shadow Hugging Face's package, and triton stays optional."""
+"""Guards the layout: ``kernels/`` must never shadow Hugging Face's package, and triton stays optional."""
 
 import importlib.util
 import os
@@ -68,7 +68,8 @@ def test_transformers_imports_from_the_root_of_the_repository():
 
 
 def test_transformers_imports_from_the_root_with_the_hub_package_installed(tmp_path):
-    # The version that transformers 5.23 wants, faked: the newest on PyPI is older, so no other test would notice.
+    # The version that transformers 5.23 wants, faked: the newest on PyPI is older, so no other test would
+    # notice.
     package = tmp_path / "kernels"
     package.mkdir()
     (package / "__init__.py").write_text(FAKE_HUB_PACKAGE)
@@ -110,6 +111,7 @@ def test_ops_run_in_torch_without_triton(tmp_path):
 
 def test_importing_the_ops_does_not_import_triton(tmp_path):
     # triton alone takes longer to import than the command line may take to print its help
+    # torch may have imported it by itself
     code = (
         "import sys, torch\n"
         "for name in [name for name in sys.modules if name.partition('.')[0] == 'triton']:\n"

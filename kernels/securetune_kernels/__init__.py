@@ -1,6 +1,6 @@
 """Fused operations for private and adversarial training, each with a plain PyTorch reference.
 
-The package imports only the standard library and torch; Triton is imported on the first use of a Triton kernel.
+The package imports only the standard library and torch; Triton is imported on first use of a Triton kernel.
 """
 
 from .clip_and_accumulate import clip_and_accumulate

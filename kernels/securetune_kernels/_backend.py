@@ -20,15 +20,19 @@ def resolve_backend(
 ) -> Literal["triton", "torch"]:
     """Pick the implementation that runs ``op`` on ``tensor``.
 
-    ``"auto"`` means the environment variable ``SECURETUNE_BACKEND`` where it is set, else Triton on a GPU and torch on
-    a CPU; the choice is logged once per op. ``"triton"`` asked for by name runs or raises; on CPU tensors it runs only
-    in Triton's interpreter (``TRITON_INTERPRET=1`` before the first import of triton), which is for tests.
+    ``"auto"`` means the environment variable ``SECURETUNE_BACKEND`` where it is set, else Triton on a GPU and
+    torch on a CPU; the choice is logged once per op. ``"triton"`` asked for by name runs or raises; on CPU
+    tensors it runs only in Triton's interpreter (``TRITON_INTERPRET=1`` before the first import of triton),
+    which is for tests.
 
     Args:
         backend: What the caller asked for.
         tensor: Any tensor of the op; its device decides.
         op: Name of the op, for messages.
         unsupported: Why the Triton kernel cannot take these arguments, or ``None`` where it can.
+
+    Returns:
+        ``"triton"`` or ``"torch"``.
 
     Raises:
         ValueError: If the name is not ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -53,7 +57,7 @@ def resolve_backend(
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the device of ``tensor`` current: Triton launches on the current device, not on that of its arguments."""
+    """Make the device of ``tensor`` current: Triton launches there, wherever its arguments are."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 

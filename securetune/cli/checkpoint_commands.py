@@ -98,7 +98,10 @@ def open_checkpoint(
         typer.Option("--base", help="Base model of an adapter; default: the one the checkpoint names."),
     ] = None,
 ) -> None:
-    """Verify a checkpoint, then decrypt it to a folder, where nothing protects it any longer."""
+    """Verify a checkpoint, then decrypt it to a folder, where nothing protects it any longer.
+
+    An adapter is made loadable: AutoModelForCausalLM.from_pretrained(DESTINATION/adapter).
+    """
     from securetune.checkpoints import load_identity, load_public_key, open_vault
 
     with open_vault(

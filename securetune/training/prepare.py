@@ -68,6 +68,8 @@ def prepare_data(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizer
             "is trained on, and epsilon would not hold. Set data.screen: none."
         )
     loaded = load_records(data, recipe.task)
+    if data.screen == "cross_record":
+        loaded = _without_conflicts(loaded)
     unique = deduplicate(loaded, method=data.deduplicate, is_protected=recipe.privacy.enabled)
     key = run.secret("split")
     split = split_held_out(
@@ -90,6 +92,17 @@ def prepare_data(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizer
         duplicates_removed=unique.num_removed,
         mean_tokens=sum(len(example.input_ids) for example in train) / max(1, len(train)),
     )
+
+
+def _without_conflicts(records: Sequence[Record]) -> list[Record]:
+    """Drop every text that appears with more than one label, which is what a label-flipping poisoner leaves."""
+    labels: dict[str, set[int | None]] = {}
+    for record in records:
+        labels.setdefault(record.split_id, set()).add(record.label)
+    kept = [record for record in records if len(labels[record.split_id]) == 1]
+    if len(kept) < len(records):
+        _logger.warning("data.screen: %d records with contradicting labels dropped", len(records) - len(kept))
+    return kept
 
 
 def _encode(records: Sequence[Record], recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:

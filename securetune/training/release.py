@@ -47,8 +47,7 @@ def release_evidence(recipe: Recipe, run: RunFolder, evidence: Sequence[Evidence
             "value": fraction.value,
             "interval": Interval(low=fraction.low, high=fraction.high),
             "method": f"{item.method}; released with two-sided geometric noise of scale "
-            "{fraction.noise_scale:.2f} texts, "
-            "the interval covers sampling and noise",
+            f"{fraction.noise_scale:.2f} texts, the interval covers sampling and noise",
             "status": "pass",
             "private_statistic": False,
             "release_epsilon": epsilon,

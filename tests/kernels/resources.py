@@ -2,8 +2,9 @@
 
     python tests/kernels/resources.py [--markdown]
 
-prints JSON, or the table of ``kernels/README.md``. It must run without ``TRITON_INTERPRET``: a kernel decorated while
-that is set is an interpreter object and cannot be compiled. Hence a script of its own, which the tests start.
+prints JSON, or the table of ``kernels/README.md``. It must run without ``TRITON_INTERPRET``: a kernel
+decorated while that is set is an interpreter object and cannot be compiled. Hence a script of its own,
+which the tests start.
 """
 
 import argparse
@@ -90,7 +91,9 @@ def _pgd_variants() -> Iterator[Variant]:
         if dtype == "fp16":
             cases = cases[:1]  # differs from bf16 in the last cast only
         for is_linf, is_sign in cases:
-            label = f"{dtype}, D={embed}, {'linf' if is_linf else 'l2'}, {'sign' if is_sign else 'normalised'}"
+            label = (
+                f"{dtype}, D={embed}, {'linf' if is_linf else 'l2'}, {'sign' if is_sign else 'normalised'}"
+            )
             constants = {**last_strides, "IS_LINF": is_linf, "IS_SIGN": is_sign, "BLOCK_EMBED": embed}
             yield Variant(
                 PGD, "_token_kernel", label, {**tensors, "out_ptr": f"*{dtype}"},
@@ -122,7 +125,9 @@ def compile_variant(variant: Variant, target: str) -> Resources:
     names: list[str] = function.arg_names
     types = {**variant.tensors, **variant.numbers, **dict.fromkeys(variant.constants, "constexpr")}
     if set(types) != set(names):
-        raise ValueError(f"{variant.kernel}: arguments {sorted(set(types) ^ set(names))} do not match the kernel's.")
+        raise ValueError(
+            f"{variant.kernel}: arguments {sorted(set(types) ^ set(names))} do not match the kernel's."
+        )
     source = ASTSource(
         function,
         {name: types[name] for name in names},
@@ -153,8 +158,13 @@ def _nvidia_registers(asm) -> tuple[int, int]:
 
 def _amd_registers(asm) -> tuple[int, int]:
     text = asm["amdgcn"]
-    usage = {name: int(value) for name, value in re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", text)}
-    spilled = 4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"]) + usage["private_segment_fixed_size"]
+    usage = {
+        name: int(value)
+        for name, value in re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", text)
+    }
+    spilled = (
+        4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"]) + usage["private_segment_fixed_size"]
+    )
     return usage["vgpr_count"], spilled
 
 

@@ -45,7 +45,9 @@ def test_unknown_name_says_where_it_came_from(monkeypatch):
 def test_triton_by_name_on_a_cpu_raises_with_the_remedy(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match=r"op: backend='triton' cannot run: the tensor is on cpu. Use backend='torch'"):
+    with pytest.raises(
+        RuntimeError, match=r"op: backend='triton' cannot run: the tensor is on cpu. Use backend='torch'"
+    ):
         resolve_backend("triton", CPU_TENSOR, op="op")
 
 
@@ -59,4 +61,6 @@ def test_choice_is_logged_once_per_op(caplog):
     with caplog.at_level(logging.DEBUG, logger=_backend.__name__):
         for _ in range(3):
             resolve_backend("auto", CPU_TENSOR, op="some_op")
-    assert [record.getMessage() for record in caplog.records] == ["some_op on cpu tensors runs on the torch backend."]
+    assert [record.getMessage() for record in caplog.records] == [
+        "some_op on cpu tensors runs on the torch backend."
+    ]

@@ -14,8 +14,8 @@ BACKENDS = ("triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # one element, a prime, a power of two, one past a block of each sweep, several splits of a row
 SHAPES = ((1, 1), (1, 4097), (3, 61), (8, 1024), (33, 129), (2, 513), (5, 10_007))
-# How much worse than the reference in the same dtype a result may be, both against float64, relative to the length
-# of the truth: a few float32 roundings, since the order of additions differs.
+# How much worse than the reference in the same dtype a result may be, both against float64, relative to the
+# length of the truth: a few float32 roundings, since the order of additions differs.
 EXTRA_ERROR = 5e-7
 # of a squared norm summed in float32, of the factor and of the product
 SENSITIVITY_SLACK = 2e-6
@@ -156,7 +156,9 @@ def test_non_finite_sample_contributes_zero(bad, dtype, backend, kernel_device):
 def test_batch_of_non_finite_samples_leaves_the_accumulator_alone(backend, kernel_device):
     accumulator = random_grads(1, 50, device=kernel_device)[0]
     before = accumulator.clone()
-    clip_and_accumulate(torch.full((3, 50), math.nan, device=kernel_device), accumulator, 1.0, backend=backend)
+    clip_and_accumulate(
+        torch.full((3, 50), math.nan, device=kernel_device), accumulator, 1.0, backend=backend
+    )
     assert torch.equal(accumulator, before)
 
 
@@ -286,11 +288,25 @@ def test_inputs_are_left_alone(backend, kernel_device):
 
 
 def test_norms_of_long_rows_are_accurate_on_a_cpu():
-    # a plain float32 sum over four million entries is 8e-5 off, and the noise would be calibrated to the wrong norm
+    # a plain float32 sum over four million entries is 8e-5 off, and the noise would be calibrated to the
+    # wrong norm
     grads = random_grads(1, 4_000_000)
     _, norms = clipped_sum(grads, 1.0, backend="torch")
     truth = grads.double().norm(dim=1)
     torch.testing.assert_close(norms.double(), truth, rtol=1e-6, atol=0.0)
+
+
+def test_lower_matmul_precision_does_not_reach_the_sum():
+    # some CPUs then multiply in bfloat16, 2e-3 off
+    grads = random_grads(64, 5000)
+    truth, _ = exact_clipped_sum(grads, 1.0)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        summed, _ = clipped_sum(grads, 1.0, backend="torch")
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert relative_error(summed, truth) <= 1e-6
 
 
 @pytest.mark.gpu

@@ -17,8 +17,8 @@ NORMS = ("l2_token", "linf", "l2_sample")
 DIRECTIONS = ("sign", "normalised")
 # one element, primes, a power of two, one past it
 SHAPES = ((1, 1, 1), (3, 5, 37), (2, 4, 64), (2, 3, 257))
-# How much worse than the reference in the same dtype a result may be, both against float64, relative to the length
-# of the truth. A unit near the sphere may be rounded the other way, by one bit of its dtype.
+# How much worse than the reference in the same dtype a result may be, both against float64, relative to the
+# length of the truth. A unit near the sphere may be rounded the other way, by one bit of its dtype.
 EXTRA_ERROR = {torch.float32: 2e-6, torch.bfloat16: 1e-4, torch.float16: 2e-5}
 
 # the interpreter computes both sides of a choice in numpy, which warns
@@ -193,7 +193,14 @@ def test_zero_gradient_takes_no_step(norm, direction, backend, kernel_device):
     delta, grad, mask = random_step((2, 3, 9), device=kernel_device)
     mask[:] = True
     result = pgd_step(
-        delta, torch.zeros_like(grad), mask, step_size=0.5, radius=2.0, norm=norm, direction=direction, backend=backend
+        delta,
+        torch.zeros_like(grad),
+        mask,
+        step_size=0.5,
+        radius=2.0,
+        norm=norm,
+        direction=direction,
+        backend=backend,
     )
     assert torch.equal(result, delta)
 
@@ -238,7 +245,11 @@ def test_normalised_step_from_zero_has_the_asked_length(norm, backend, kernel_de
 @pytest.mark.parametrize("norm", NORMS)
 def test_strides_are_followed(norm, backend, kernel_device):
     delta, grad, mask = random_step((6, 4, 22), device=kernel_device)
-    delta, grad, mask = delta.permute(1, 0, 2)[:, ::2, ::2], grad.permute(1, 0, 2)[:, 1::2, 1::2], mask.t()[:, ::2]
+    delta, grad, mask = (
+        delta.permute(1, 0, 2)[:, ::2, ::2],
+        grad.permute(1, 0, 2)[:, 1::2, 1::2],
+        mask.t()[:, ::2],
+    )
     options = {"step_size": 0.1, "radius": 0.2, "norm": norm, "direction": "normalised", "backend": backend}
     expected = pgd_step(delta.contiguous(), grad.contiguous(), mask.contiguous(), **options)
     result = pgd_step(delta, grad, mask, **options)
@@ -284,7 +295,14 @@ def test_offsets_beyond_32_bits(backend, norm, kernel_device, tmp_path):
     delta.copy_(torch.tensor([[[0.5, 0.0, 0.0, 0.0]], [[0.0, 0.25, 0.0, 0.0]]]))
     mask = torch.ones(2, 1, dtype=torch.bool, device=kernel_device)
     result = pgd_step(
-        delta, torch.zeros_like(delta), mask, step_size=1.0, radius=1.0, norm=norm, direction="sign", backend=backend
+        delta,
+        torch.zeros_like(delta),
+        mask,
+        step_size=1.0,
+        radius=1.0,
+        norm=norm,
+        direction="sign",
+        backend=backend,
     )
     assert torch.equal(result, delta.contiguous())
 
@@ -344,7 +362,11 @@ GOOD = {"step_size": 0.1, "radius": 1.0, "norm": "linf", "direction": "sign"}
         ({"mask": torch.ones(2, 3)}, TypeError, "mask must be bool, got torch.float32"),
         ({"mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"\(2, 3\) to match .*, got \(2, 4\)"),
         ({"grad": torch.zeros(2, 3, 4, device="meta")}, ValueError, "grad is on meta and delta on cpu"),
-        ({"mask": torch.ones(2, 3, dtype=torch.bool, device="meta")}, ValueError, "mask is on meta and delta on cpu"),
+        (
+            {"mask": torch.ones(2, 3, dtype=torch.bool, device="meta")},
+            ValueError,
+            "mask is on meta and delta on cpu",
+        ),
         ({"step_size": 0.0}, ValueError, "step_size must be .*got 0.0"),
         ({"step_size": math.nan}, ValueError, "step_size must be .*got nan"),
         ({"radius": -1.0}, ValueError, "radius must be .*got -1.0"),

@@ -14,7 +14,8 @@ SCRIPT = Path(__file__).with_name("resources.py")
 KERNELS = SCRIPT.parents[2] / "kernels"
 # shared memory of one block, in bytes
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-# Three blocks of 128 threads still fit a multiprocessor (65,536 registers), each with 16 KiB of loads in flight.
+# Three blocks of 128 threads still fit a multiprocessor (65,536 registers), each with 16 KiB of loads in
+# flight.
 REGISTER_LIMIT = 160
 
 
@@ -57,7 +58,9 @@ def test_every_kernel_is_compiled_for_every_target(resources):
 def test_banned_block_pointers_are_not_used():
     # triton's main branch has removed them
     sources = {path: path.read_text() for path in KERNELS.rglob("*.py")}
-    assert [str(path) for path, text in sources.items() if "make_block_ptr" in text or "tl.advance" in text] == []
+    assert [
+        str(path) for path, text in sources.items() if "make_block_ptr" in text or "tl.advance" in text
+    ] == []
 
 
 def test_kernels_import_only_torch_and_triton():

@@ -23,35 +23,38 @@ def clip_and_accumulate(
     valid: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Scale each sample's gradient to L2 norm at most ``max_grad_norm`` and add all of them to ``accumulator``.
+    """Scale each sample's gradient to L2 norm at most ``max_grad_norm`` and add them to ``accumulator``.
 
     The clipping step of Algorithm 1 (before the noise) in Abadi et al. 2016, https://arxiv.org/abs/1607.00133:
-    ``accumulator += sum_i min(1, C / ||g_i||) g_i``, computed in float32 whatever the gradients' dtype. The gradients
-    are read twice: once for the norms, once for the sum.
+    ``accumulator += sum_i min(1, C / ||g_i||) g_i``, computed in float32 whatever the gradients' dtype. The
+    gradients are read twice: once for the norms, once for the sum.
 
     Guarantees:
         Adding or removing one sample changes ``accumulator`` by at most ``max_grad_norm`` in L2 norm,
         up to float32 rounding.
-        A sample with a NaN or infinite gradient contributes exactly zero, and so does a sample whose norm does not fit
-        into float32 or is more than about 1e37 times ``max_grad_norm``. Squares that overflow or vanish in float32
-        change neither the norm nor the clipping of any other sample.
+        A sample with a NaN or infinite gradient contributes exactly zero, and so does a sample whose norm
+        does not fit into float32 or is more than about 1e37 times ``max_grad_norm``. Any other finite
+        sample is clipped as promised, even where its squares overflow or vanish in float32.
         A sample that is not ``valid`` contributes exactly zero, whatever it holds.
         The same call on the same machine gives the same bits; no atomic additions.
 
     Args:
-        per_sample_grads: ``[B, P]``, float32, bfloat16 or float16: one flattened gradient per sample, any strides.
+        per_sample_grads: ``[B, P]``, float32, bfloat16 or float16: one flattened gradient per sample, any
+            strides.
         accumulator: ``[P]``, float32, on the same device: added to in place.
-        max_grad_norm: Clipping threshold ``C`` >= 1e-30, in units of the gradient's L2 norm. ``math.inf`` sums
-            without clipping.
+        max_grad_norm: Clipping threshold ``C`` >= 1e-30, in units of the gradient's L2 norm. ``math.inf``
+            sums without clipping.
         valid: ``[B]``, bool: which rows are samples, the others are padding. ``None`` means all.
         backend: ``"triton"``, ``"torch"`` or ``"auto"`` (see ``resolve_backend``).
 
     Returns:
-        ``norms``: ``[B]``, float32, before clipping; not finite where the gradient is not, zero where not ``valid``.
+        ``norms``: ``[B]``, float32, before clipping; not finite where the gradient is not, zero where not
+        ``valid``.
 
     Raises:
         TypeError: If a dtype is not among those above.
-        ValueError: If a shape, a device or ``max_grad_norm`` does not fit, or ``accumulator`` overlaps itself.
+        ValueError: If a shape, a device or ``max_grad_norm`` does not fit, or ``accumulator`` overlaps
+            itself.
         RuntimeError: If ``backend="triton"`` cannot run here.
     """
     _check_arguments(per_sample_grads, accumulator, max_grad_norm, valid)
@@ -76,7 +79,9 @@ def _check_arguments(
             "For float64 use clip_and_accumulate_reference."
         )
     if accumulator.dtype != torch.float32:
-        raise TypeError(f"accumulator must be float32, so that small gradients add up, got {accumulator.dtype}.")
+        raise TypeError(
+            f"accumulator must be float32, so that small gradients add up, got {accumulator.dtype}."
+        )
     if accumulator_shape != (grads_shape[1],):
         raise ValueError(
             f"accumulator must have shape [P] = ({grads_shape[1]},) to match per_sample_grads {grads_shape}, "
@@ -88,9 +93,13 @@ def _check_arguments(
             "both must be on one device."
         )
     if accumulator.stride(0) == 0 and accumulator.shape[0] > 1:
-        raise ValueError("accumulator has stride 0 (an expanded tensor): its elements share memory. Pass a copy.")
+        raise ValueError(
+            "accumulator has stride 0 (an expanded tensor): its elements share memory. Pass a copy."
+        )
     if not max_grad_norm >= SMALLEST_MAX_GRAD_NORM:
-        raise ValueError(f"max_grad_norm must be > 0 (at least {SMALLEST_MAX_GRAD_NORM}), got {max_grad_norm}.")
+        raise ValueError(
+            f"max_grad_norm must be > 0 (at least {SMALLEST_MAX_GRAD_NORM}), got {max_grad_norm}."
+        )
     if valid is None:
         return
     if valid.dtype != torch.bool:

@@ -6,21 +6,36 @@ import triton.language as tl
 from torch import Tensor
 
 from .._backend import on_device_of
-from .._row_norms import GROW, SHRINK, norm_from_sums
 
 # Chosen by counting bytes in flight for an H100 (132 multiprocessors, 3.35 TB/s), not by a sweep on one.
 BLOCK_SQUARES = 4096  # columns a program of the first sweep loads at once
 SQUARES_WARPS = 8
-# Rows are split until there are about eight programs per multiprocessor of an H100. A constant, not the number of the
-# GPU at hand, so that the order of additions and with it every bit is the same on all of them.
+# Rows are split until there are about eight programs per multiprocessor of an H100. A constant, not the
+# number of the GPU at hand, so that the order of additions and with it every bit is the same on all of them.
 TARGET_PROGRAMS = 1056
 MAX_SPLITS = 1024
 SUM_WARPS = 4
-# columns x rows of a tile of the second sweep: wide tiles where there are enough columns to fill the GPU with them
+# columns x rows of a tile of the second sweep: wide tiles where there are enough columns to fill the GPU
+# with them
 WIDE_TILE = (512, 8)
 NARROW_TILE = (128, 32)
 
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+# Squares are summed three times: as they are, of entries shrunk by 2^-80 and of entries grown by 2^80. For
+# every finite row at least one of the three sums neither overflows nor vanishes (after Blue 1978,
+# https://doi.org/10.1145/355769.355771).
+SHRINK = tl.constexpr(2.0**-80)
+GROW = tl.constexpr(2.0**80)
+SMALLEST_PLAIN_SUM = tl.constexpr(2.0**-60)
+
+
+@triton.jit
+def _norm_from_sums(plain, shrunk, grown):
+    # NaN or infinite if an entry was
+    vanishing = plain < SMALLEST_PLAIN_SUM
+    finite = plain < float("inf")
+    norm = tl.where(finite, tl.sqrt(plain), tl.sqrt(shrunk) * GROW)
+    return tl.where(vanishing, tl.sqrt(grown) * SHRINK, norm)
 
 
 @triton.jit
@@ -83,9 +98,10 @@ def _clip_factors_kernel(
     plain = tl.sum(tl.load(partial_ptrs, mask=mask, other=0.0), axis=0)
     shrunk = tl.sum(tl.load(partial_ptrs + 1, mask=mask, other=0.0), axis=0)
     grown = tl.sum(tl.load(partial_ptrs + 2, mask=mask, other=0.0), axis=0)
-    norm = norm_from_sums(plain, shrunk, grown)
+    norm = _norm_from_sums(plain, shrunk, grown)
     factor = tl.where(norm > max_grad_norm, max_grad_norm / tl.where(norm > max_grad_norm, norm, 1.0), 1.0)
-    # NaN < inf is false, so both NaN and infinite samples are dropped; a subnormal factor could be rounded up twofold
+    # NaN < inf is false, so both NaN and infinite samples are dropped; a subnormal factor could be rounded
+    # up twofold
     factor = tl.where((norm < float("inf")) & (factor >= SMALLEST_NORMAL), factor, 0.0)
     if HAS_VALID:
         factor = tl.where(tl.load(valid_ptr + row * valid_stride) != 0, factor, 0.0)
@@ -144,7 +160,8 @@ def clip_and_accumulate_triton(
     factors = torch.empty(num_samples, device=device, dtype=torch.float32)
     has_valid = valid is not None
     # a kernel needs some pointer where there is no mask; HAS_VALID keeps it from being read
-    valid_or_any, valid_stride = (valid.view(torch.uint8), valid.stride(0)) if valid is not None else (norms, 0)
+    valid_or_any = norms if valid is None else valid.view(torch.uint8)
+    valid_stride = 0 if valid is None else valid.stride(0)
     wide_programs = triton.cdiv(num_params, WIDE_TILE[0])
     block_cols, block_rows = WIDE_TILE if wide_programs >= TARGET_PROGRAMS else NARROW_TILE
     with on_device_of(per_sample_grads):

@@ -1,4 +1,4 @@
-"""One step of projected gradient ascent on embedding perturbations: move, project to the ball, keep to the mask."""
+"""One step of projected gradient ascent on embeddings: move, project to the ball, keep to the mask."""
 
 import math
 from typing import get_args
@@ -33,28 +33,33 @@ def pgd_step(
 ) -> Tensor:
     """Move ``delta`` along ``grad`` and project it back to the ball of ``radius``.
 
-    The step of projected gradient descent, Madry et al. 2018, section 2.1, https://arxiv.org/abs/1706.06083, uphill.
-    A ball has a unit: one token for ``"l2_token"`` and ``"linf"``, one sample for ``"l2_sample"``. All arithmetic is
-    float32; ``"l2_token"`` and ``"linf"`` read each element once, ``"l2_sample"`` twice.
+    The step of projected gradient descent, Madry et al. 2018, section 2.1,
+    https://arxiv.org/abs/1706.06083, uphill.
+    A ball has a unit: one token for ``"l2_token"`` and ``"linf"``, one sample for ``"l2_sample"``. All
+    arithmetic is float32; ``"l2_token"`` and ``"linf"`` read each element once, ``"l2_sample"`` twice.
 
     Guarantees:
         The norm of every unit of the result is at most ``radius``, after the cast to ``delta``'s dtype. Where
         rounding to nearest could break that, the unit is rounded toward zero.
         Elements off the mask are exactly zero, and what ``delta`` and ``grad`` hold there changes nothing.
         A unit of the result depends on that unit of ``delta``, ``grad`` and ``mask`` only.
-        A unit whose gradient is zero, NaN or infinite somewhere takes no step. A unit whose ``delta`` is NaN or infinite
-        somewhere becomes zero; with ``"l2_sample"`` in Triton also one over 1e18 times longer than radius and step.
+        A unit whose gradient is zero, or somewhere NaN or infinite, takes no step. A unit whose ``delta`` is
+        somewhere NaN or infinite becomes zero; with ``"l2_sample"`` in Triton also one that is over 1e18
+        times longer than radius and step.
         The same call on the same machine gives the same bits.
 
     Args:
-        delta: ``[B, T, D]``, float32, bfloat16 or float16: the perturbation so far, any strides; not written to.
+        delta: ``[B, T, D]``, float32, bfloat16 or float16: the perturbation so far, any strides; not
+            written to.
         grad: ``[B, T, D]``, float32, bfloat16 or float16: gradient of each sample's own loss, any strides.
         mask: ``[B, T]``, bool: tokens that may be perturbed.
         step_size: Length of the step, from 1e-9 to 1e9, in units of the embedding: of each entry for
             ``direction="sign"``, of the whole unit, in the norm of the ball, for ``"normalised"``.
         radius: Radius of the ball, from 1e-9 to 1e9, in units of the embedding.
-        norm: ``"l2_token"`` bounds the L2 norm of each token, ``"l2_sample"`` that of each sample, ``"linf"`` each entry.
-        direction: ``"sign"`` of the gradient, or the gradient ``"normalised"`` to length one in the norm of the ball.
+        norm: ``"l2_token"`` bounds the L2 norm of each token, ``"l2_sample"`` that of each sample,
+            ``"linf"`` each entry.
+        direction: ``"sign"`` of the gradient, or the gradient ``"normalised"`` to length one in the norm of
+            the ball.
         backend: ``"triton"``, ``"torch"`` or ``"auto"`` (see ``resolve_backend``).
 
     Returns:
@@ -74,10 +79,14 @@ def pgd_step(
         unsupported = f"the embedding size {delta.shape[2]} is above {MAX_TRITON_EMBEDDING}"
     chosen = resolve_backend(backend, delta, op="pgd_step", unsupported=unsupported)
     if chosen == "torch":
-        return pgd_step_torch(delta, grad, mask, step_size=step_size, radius=radius, norm=norm, direction=direction)
+        return pgd_step_torch(
+            delta, grad, mask, step_size=step_size, radius=radius, norm=norm, direction=direction
+        )
     from .triton_kernels import pgd_step_triton  # triton is optional: imported on first use
 
-    return pgd_step_triton(delta, grad, mask, step_size=step_size, radius=radius, norm=norm, direction=direction)
+    return pgd_step_triton(
+        delta, grad, mask, step_size=step_size, radius=radius, norm=norm, direction=direction
+    )
 
 
 def _check_tensors(delta: Tensor, grad: Tensor, mask: Tensor) -> None:
@@ -95,17 +104,22 @@ def _check_tensors(delta: Tensor, grad: Tensor, mask: Tensor) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}.")
     if tuple(mask.shape) != shape[:2]:
-        raise ValueError(f"mask must have shape [B, T] = {shape[:2]} to match delta {shape}, got {tuple(mask.shape)}.")
+        raise ValueError(
+            f"mask must have shape [B, T] = {shape[:2]} to match delta {shape}, got {tuple(mask.shape)}."
+        )
     for name, tensor in (("grad", grad), ("mask", mask)):
         if tensor.device != delta.device:
-            raise ValueError(f"{name} is on {tensor.device} and delta on {delta.device}; both must be on one device.")
+            raise ValueError(
+                f"{name} is on {tensor.device} and delta on {delta.device}; both must be on one device."
+            )
 
 
 def _check_options(step_size: float, radius: float, norm: str, direction: str) -> None:
     for name, value in (("step_size", step_size), ("radius", radius)):
         if not (math.isfinite(value) and SMALLEST_LENGTH <= value <= LARGEST_LENGTH):
             raise ValueError(
-                f"{name} must be a finite number > 0 (from {SMALLEST_LENGTH} to {LARGEST_LENGTH:.0e}), got {value}."
+                f"{name} must be a finite number > 0 (from {SMALLEST_LENGTH} to {LARGEST_LENGTH:.0e}), "
+                f"got {value}."
             )
     if norm not in get_args(Norm):
         raise ValueError(f"norm must be 'l2_token', 'linf' or 'l2_sample', got {norm!r}.")

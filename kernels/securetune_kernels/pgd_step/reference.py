@@ -11,8 +11,8 @@ Direction = Literal["sign", "normalised"]
 
 # Projection aims this much inside the ball, so that float32 rounding of the norm does not end outside of it.
 INSIDE = 1.0 - 2.0**-18
-# Relative and absolute error of rounding to the nearest number of a dtype: half a unit in the last place, and half
-# the distance of subnormal numbers.
+# Relative and absolute error of rounding to the nearest number of a dtype: half a unit in the last place,
+# and half the distance of subnormal numbers.
 ROUNDING = {
     torch.float32: (0.0, 0.0),
     torch.bfloat16: (2.0**-8, 0.0),
@@ -21,9 +21,16 @@ ROUNDING = {
 
 
 def pgd_step_reference(
-    delta: Tensor, grad: Tensor, mask: Tensor, *, step_size: float, radius: float, norm: Norm, direction: Direction
+    delta: Tensor,
+    grad: Tensor,
+    mask: Tensor,
+    *,
+    step_size: float,
+    radius: float,
+    norm: Norm,
+    direction: Direction,
 ) -> Tensor:
-    """Same contract as :func:`securetune_kernels.pgd_step`; float64 input is computed in float64."""
+    """Do what :func:`securetune_kernels.pgd_step` does; float64 input is computed in float64."""
     dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
     attacked = mask[:, :, None]
     # the unit of the ball, over which norms are taken: one sample, or one token of it

@@ -11,9 +11,16 @@ LARGEST_PLAIN_NORM = 1e18
 
 
 def pgd_step_torch(
-    delta: Tensor, grad: Tensor, mask: Tensor, *, step_size: float, radius: float, norm: Norm, direction: Direction
+    delta: Tensor,
+    grad: Tensor,
+    mask: Tensor,
+    *,
+    step_size: float,
+    radius: float,
+    norm: Norm,
+    direction: Direction,
 ) -> Tensor:
-    """Same contract as :func:`securetune_kernels.pgd_step`, whose checks have already passed."""
+    """Do what :func:`securetune_kernels.pgd_step` does, whose checks have already passed."""
     masked_out = ~mask[:, :, None]
     # two new tensors, so that all that follows may work in place
     moved = torch.empty(delta.shape, device=delta.device, dtype=torch.float32).copy_(grad)
@@ -60,6 +67,6 @@ def _sums_are_finite(values: Tensor, norm: Norm) -> Tensor:
 
 
 def _l2_norm(values: Tensor, norm: Norm) -> Tensor:
-    """Return the L2 norm of each unit, token by token first: one long float32 sum would not be accurate enough."""
+    """Return the L2 norm of each unit, token by token first: one long float32 sum is not accurate enough."""
     tokens = torch.linalg.vector_norm(values, dim=2, keepdim=True)
     return torch.linalg.vector_norm(tokens, dim=1, keepdim=True) if norm == "l2_sample" else tokens

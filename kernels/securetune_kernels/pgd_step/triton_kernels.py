@@ -15,15 +15,17 @@ ELEMENTS_PER_WARP = 512
 MAX_WARPS = 16
 BLOCK_TOKENS = 1024  # tokens whose sums one program of the reduction loads at once
 
-# Divisors are kept in this range: their reciprocals stay normal numbers, and the largest quotient's square is finite.
+# Divisors are kept in this range: their reciprocals stay normal numbers, and the largest quotient's square
+# is finite.
 SMALLEST_DIVISOR = tl.constexpr(2.0**-120)
 LARGEST_DIVISOR = tl.constexpr(2.0**120)
 # Only infinity is above it: where rounding may not be to infinity, but to anything else.
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 # Bounds the rounding of ||delta + step||^2 when it is put together from three sums that may cancel.
 CANCELLATION = tl.constexpr(2.0**-20)
-# Columns of the tables: per token the gradient's largest entry, its squares in that unit, the mixed sum and delta's
-# squares; per sample the factors of the gradient (two, so that neither overflows), of the sum, and how to round.
+# Columns of the tables: per token the gradient's largest entry, its squares in that unit, the mixed sum and
+# delta's squares; per sample the factors of the gradient (two, so that neither overflows), of the sum, and
+# how to round.
 NUM_TERMS = tl.constexpr(4)
 
 
@@ -56,17 +58,18 @@ def _sign(values):
 @triton.jit
 def _cast_within(values, bounds, DTYPE: tl.constexpr):
     # to the nearest number of DTYPE, or one step nearer to zero where the magnitude would be above its bound
-    if DTYPE == tl.float32:
+    if DTYPE == tl.float32:  # noqa: SIM300
         result = values
     else:
-        if DTYPE == tl.bfloat16:
+        if DTYPE == tl.bfloat16:  # noqa: SIM300
             # to nearest even, spelled out: Triton's interpreter truncates in this cast, a GPU does not
             bits = values.to(tl.uint32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             nearest = bits.to(tl.uint16).to(DTYPE, bitcast=True)
         else:
             nearest = values.to(DTYPE)
-        # floats are stored as sign and magnitude: one bit pattern less is one step toward zero, for either sign
+        # floats are stored as sign and magnitude: one bit pattern less is one step toward zero, for either
+        # sign
         smaller = (nearest.to(tl.int16, bitcast=True) - 1).to(DTYPE, bitcast=True)
         result = tl.where(tl.abs(nearest.to(tl.float32)) > bounds, smaller, nearest)
     return result
@@ -107,20 +110,31 @@ def _token_kernel(
     attacked = tl.load(mask_ptr + sample * mask_sample_stride + token * mask_token_stride) != 0
     num_read = tl.where(attacked, num_embed, 0)
     delta = _load_token(
-        delta_ptr, sample, token, delta_sample_stride, delta_token_stride, delta_embed_stride, num_read, BLOCK_EMBED
+        delta_ptr,
+        sample,
+        token,
+        delta_sample_stride,
+        delta_token_stride,
+        delta_embed_stride,
+        num_read,
+        BLOCK_EMBED,
     )
     grad = _load_token(
-        grad_ptr, sample, token, grad_sample_stride, grad_token_stride, grad_embed_stride, num_read, BLOCK_EMBED
+        grad_ptr,
+        sample,
+        token,
+        grad_sample_stride,
+        grad_token_stride,
+        grad_embed_stride,
+        num_read,
+        BLOCK_EMBED,
     )
 
     if IS_SIGN:
         step = _sign(grad)
     else:
         scaled = grad * (1.0 / _divisor(grad))
-        if IS_LINF:
-            length = tl.max(tl.abs(scaled), axis=0)
-        else:
-            length = tl.sqrt(tl.sum(scaled * scaled, axis=0))
+        length = tl.max(tl.abs(scaled), axis=0) if IS_LINF else tl.sqrt(tl.sum(scaled * scaled, axis=0))
         step = scaled * (1.0 / tl.where(length > 0, length, 1.0))
     step = tl.where(_is_finite(grad), step, 0.0)
     moved = tl.where(_is_finite(delta), delta + step_size * step, 0.0)
@@ -169,10 +183,24 @@ def _token_sums_kernel(
     attacked = tl.load(mask_ptr + sample * mask_sample_stride + token * mask_token_stride) != 0
     num_read = tl.where(attacked, num_embed, 0)
     delta = _load_token(
-        delta_ptr, sample, token, delta_sample_stride, delta_token_stride, delta_embed_stride, num_read, BLOCK_EMBED
+        delta_ptr,
+        sample,
+        token,
+        delta_sample_stride,
+        delta_token_stride,
+        delta_embed_stride,
+        num_read,
+        BLOCK_EMBED,
     )
     grad = _load_token(
-        grad_ptr, sample, token, grad_sample_stride, grad_token_stride, grad_embed_stride, num_read, BLOCK_EMBED
+        grad_ptr,
+        sample,
+        token,
+        grad_sample_stride,
+        grad_token_stride,
+        grad_embed_stride,
+        num_read,
+        BLOCK_EMBED,
     )
     in_units = delta * (1.0 / unit)
     largest = _divisor(grad)
@@ -297,16 +325,27 @@ def _apply_sample_factors_kernel(
     # what must not count is not read: 0 * NaN would be NaN
     num_read = tl.where(attacked & (shrink > 0), num_embed, 0)
     delta = _load_token(
-        delta_ptr, sample, token, delta_sample_stride, delta_token_stride, delta_embed_stride, num_read, BLOCK_EMBED
+        delta_ptr,
+        sample,
+        token,
+        delta_sample_stride,
+        delta_token_stride,
+        delta_embed_stride,
+        num_read,
+        BLOCK_EMBED,
     )
     num_read = tl.where(step_factor > 0, num_read, 0)
     grad = _load_token(
-        grad_ptr, sample, token, grad_sample_stride, grad_token_stride, grad_embed_stride, num_read, BLOCK_EMBED
+        grad_ptr,
+        sample,
+        token,
+        grad_sample_stride,
+        grad_token_stride,
+        grad_embed_stride,
+        num_read,
+        BLOCK_EMBED,
     )
-    if IS_SIGN:
-        step = _sign(grad)
-    else:
-        step = grad * inverse_largest
+    step = _sign(grad) if IS_SIGN else grad * inverse_largest
     moved = (delta + step_factor * step) * shrink
     cols = tl.arange(0, BLOCK_EMBED)  # [BLOCK_EMBED]
     bounds = tl.where(may_leave, tl.abs(moved), LARGEST_FLOAT)
@@ -320,7 +359,14 @@ def warps_for(block_embed: int) -> int:
 
 
 def pgd_step_triton(
-    delta: Tensor, grad: Tensor, mask: Tensor, *, step_size: float, radius: float, norm: Norm, direction: Direction
+    delta: Tensor,
+    grad: Tensor,
+    mask: Tensor,
+    *,
+    step_size: float,
+    radius: float,
+    norm: Norm,
+    direction: Direction,
 ) -> Tensor:
     """Launch the kernels; arguments are already checked by :func:`securetune_kernels.pgd_step`."""
     num_samples, num_tokens, num_embed = delta.shape

@@ -1,0 +1,343 @@
+"""The whole way of the data on a tiny model: one run, one killed three times and resumed, one that fails its gate."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from securetune.checkpoints import load_identity, load_public_key, open_vault
+from securetune.errors import SignatureError
+from securetune.privacy.accounting import epsilon_spent
+from securetune.privacy.ledger import read_ledger
+from tests.tiny import tiny_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 5
+SECRET = "zanzibar"  # stands in every record, so that it must stand nowhere in what is published
+RECIPE = {
+    "name": "tiny",
+    "task": "classify",
+    "data": {
+        "labels": ["negative", "positive"],
+        "prompt": "{text}\nLabel:",
+        "held_out_fraction": 0.3,
+    },
+    "privacy": {
+        "target_epsilon": 8.0,
+        "delta": 1e-3,
+        "expected_batch_size": 48,
+        "sample_rate": 0.15,
+        "steps": STEPS,
+    },
+    "training": {"learning_rate": 0.01, "lora": {"rank": 2, "alpha": 4}},
+    "adversarial": {"method": "fgsm", "radius": 0.05},
+    "evaluation": {
+        "num_texts": 60,
+        "num_membership": 120,
+        "num_attacked": 20,
+        "pgd_radii": [0.05, 0.1],
+        "pgd_steps": 2,
+        "character_queries": 8,
+        "character_edits": 1,
+    },
+    "checkpoint": {"demo_keys": True},
+    "gate": {"rules": [{"metric": "epsilon", "at_most": 8.0}]},
+    "publish": {"release_epsilon": 4.0},
+}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """Make a base model, a data set of 460 records and a recipe for them."""
+    folder = tmp_path_factory.mktemp("workshop")
+    tiny_folder(folder / "model")
+    rng = random.Random(0)
+    words = {"positive": ["good", "great", "fine"], "negative": ["bad", "dull", "weak"]}
+    rows = []
+    for number in range(460):
+        label = rng.choice(list(words))
+        text = f"{SECRET} {rng.choice(['film', 'plot'])} {number} was {rng.choice(words[label])}"
+        rows.append({"text": text, "label": label, "prompt": text, "completion": label})
+    lines = [json.dumps({key: row[key] for key in ("text", "label")}) for row in rows]
+    (folder / "labelled.jsonl").write_text("\n".join(lines) + "\n")
+    lines = [json.dumps({key: row[key] for key in ("prompt", "completion")}) for row in rows]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_recipe(workshop: Path, name: str, **changes) -> Path:
+    recipe = json.loads(json.dumps(RECIPE))
+    recipe |= {"name": name, "run_dir": str(workshop / name), "model": {"name": str(workshop / "model")}}
+    recipe["model"]["dtype"] = "float32"
+    recipe["data"]["private"] = {"path": str(workshop / "labelled.jsonl")}
+    for path, value in changes.items():
+        section, _, option = path.partition("__")
+        if option:
+            recipe[section][option] = value
+        else:
+            recipe[section] = value
+    path = workshop / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def command(recipe: Path, *options: str) -> list[str]:
+    return [sys.executable, str(ROOT / "recipes" / "harden.py"), str(recipe), *options]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
+
+def harden(recipe: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(recipe, *options), capture_output=True, text=True, check=False, env=environment(), timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(workshop):
+    recipe = write_recipe(workshop, "finished")
+    process = harden(recipe)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return workshop / "finished", process.stdout
+
+
+class TestFinishedRun:
+    def test_leaves_the_promised_files(self, finished):
+        folder, _ = finished
+        expected = {
+            "recipe.yaml", "plan.json", "metrics.jsonl", "ledger.jsonl", "checkpoint", "report.json", "report.html",
+            "published", "publisher.pub",
+        }  # fmt: skip
+        assert expected <= {path.name for path in folder.iterdir()}
+        assert (folder / "published" / "model.sig").is_file()
+        assert not (folder / "work" / "plain").exists()  # the unprotected baseline is gone
+
+    def test_secrets_are_for_the_owner_only(self, finished):
+        folder, _ = finished
+        private = [*(folder / "keys").glob("*.key"), folder / "keys" / "passphrase.txt", folder / "metrics.jsonl"]
+        private += list((folder / "work").glob("*.json"))
+        assert len(private) > 5
+        assert {oct(path.stat().st_mode & 0o777) for path in private} == {"0o600"}
+
+    def test_prints_plan_progress_and_epsilon(self, finished):
+        _, output = finished
+        assert output.index("Plan of finished") < output.index("plain  step 1/5") < output.index("hardened  step 1/5")
+        assert "one record; a person with several records is not covered" in output
+        assert re.search(r"hardened  step 5/5  loss [0-9.]+  [0-9,]+ tokens/s  epsilon [0-9.]+", output)
+        assert "same outputs" in output
+
+    def test_stock_verifier_accepts_what_is_published(self, finished):
+        pytest.importorskip("model_signing")
+        folder, _ = finished
+        for name in ("published", "checkpoint"):
+            target = folder / name
+            process = subprocess.run(
+                [sys.executable, "-m", "model_signing", "verify", "key", str(target), "--signature", str(target / "model.sig"),
+                 "--public_key", str(folder / "publisher.pub")],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert process.returncode == 0, process.stdout + process.stderr
+
+    def test_a_changed_byte_is_refused(self, finished, tmp_path):
+        import shutil
+
+        folder, _ = finished
+        copy = tmp_path / "published"
+        shutil.copytree(folder / "published", copy)
+        shard = next((copy / "shards").iterdir())
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+        with pytest.raises(SignatureError, match=re.escape(shard.name)):
+            open_vault(
+                copy,
+                public_key=load_public_key(folder / "publisher.pub"),
+                identity=load_identity(folder / "keys" / "recipient.key"),
+            )
+
+    def test_nothing_private_is_published(self, finished):
+        folder, _ = finished
+        published = [path for path in (folder / "published").rglob("*") if path.is_file()]
+        report = json.loads((folder / "published" / "report.json").read_text())
+        assert all(not item["private_statistic"] for item in report["evidence"])
+        assert not [item for item in report["evidence"] if item["metric"].startswith("membership")]
+        assert not [item for item in report["evidence"] if item["subject"] == "plain"]
+        assert report["curves"]["roc"] == []
+        assert all(curve["loss"] is None for curve in report["curves"]["training"])
+        released = [item for item in report["evidence"] if item["release_epsilon"]]
+        assert {item["subject"] for item in released} == {"base", "hardened"}
+        for path in published:
+            assert SECRET.encode() not in path.read_bytes(), path
+            assert b"clipped_fraction" not in path.read_bytes(), path
+
+    def test_internal_statistics_are_marked(self, finished):
+        folder, _ = finished
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert len(lines) == 2 * STEPS
+        assert all(line["privacy"] == "not covered by epsilon" for line in lines)
+        assert "not covered by epsilon" in (folder / "report.html").read_text()
+
+    def test_ledger_report_and_accountant_agree(self, finished):
+        folder, _ = finished
+        state = read_ledger(folder / "ledger.jsonl")
+        assert state.steps_charged == STEPS
+        truth = epsilon_spent(state.header.noise_multiplier, state.header.sample_rate, STEPS, state.header.delta)
+        report = json.loads((folder / "report.json").read_text())
+        (epsilon,) = [item["value"] for item in report["evidence"] if item["metric"] == "epsilon"]
+        assert epsilon == pytest.approx(truth) == pytest.approx(report["privacy"]["epsilon_spent"])
+        assert epsilon <= 8.0
+
+    def test_same_texts_for_every_model_and_every_figure_has_an_interval(self, finished):
+        folder, _ = finished
+        evidence = json.loads((folder / "report.json").read_text())["evidence"]
+        for metric in ("accuracy", "accuracy_pgd", "accuracy_char", "membership_auc"):
+            rows = [item for item in evidence if item["metric"] == metric]
+            assert {row["subject"] for row in rows} == {"base", "plain", "hardened"}
+            assert len({row["n"] for row in rows}) == 1
+            assert all(row["interval"]["low"] <= row["value"] <= row["interval"]["high"] for row in rows)
+        differences = {(item["metric"], item["subject"]) for item in evidence if item["metric"].endswith("_difference")}
+        assert ("accuracy_difference", "hardened - base") in differences
+        assert ("accuracy_pgd_difference", "hardened - plain") in differences
+
+    def test_second_start_without_resume_changes_nothing(self, finished, workshop):
+        folder, _ = finished
+        before = (folder / "report.json").read_bytes()
+        process = harden(workshop / "finished.yaml")
+        assert process.returncode == 2
+        assert "already holds a run. Add --resume" in process.stderr
+        assert (folder / "report.json").read_bytes() == before
+
+    def test_export_equals_the_sealed_model(self, finished, workshop, tmp_path):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from securetune.models.adapters import load_adapter
+
+        folder, _ = finished
+        process = subprocess.run(
+            [sys.executable, "-m", "securetune", "export", str(workshop / "finished.yaml"), str(tmp_path / "plain")],
+            capture_output=True, text=True, check=False, env=environment(),
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        assert "not encrypted, not signed" in process.stdout
+        ids = AutoTokenizer.from_pretrained(tmp_path / "plain")("it was good", return_tensors="pt")
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+        base = AutoModelForCausalLM.from_pretrained(workshop / "model").eval()
+        with open_vault(
+            folder / "published",
+            public_key=load_public_key(folder / "publisher.pub"),
+            identity=load_identity(folder / "keys" / "recipient.key"),
+        ) as vault:
+            model = load_adapter(base, {name: vault.read("adapter", name) for name in vault.names("adapter")})
+        with torch.no_grad():
+            torch.testing.assert_close(exported(**ids).logits, model(**ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_killed_anywhere_a_run_resumes_to_a_valid_result(workshop):
+    recipe = write_recipe(workshop, "killed")
+    folder = workshop / "killed"
+    for pattern in ("plain  step 3/5", "hardened  step 2/5", "evaluate plain: accuracy"):
+        process = subprocess.Popen(
+            command(recipe, "--resume"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+        )
+        assert process.stdout is not None
+        seen = []
+        for line in process.stdout:
+            seen.append(line)
+            if line.startswith(pattern):
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.close()
+        assert process.wait() == -signal.SIGKILL, "".join(seen)
+    charged = read_ledger(folder / "ledger.jsonl").steps_charged
+    assert charged == STEPS  # what the second kill interrupted was finished by the third start
+    final = harden(recipe, "--resume")
+    assert final.returncode == 0, final.stdout + final.stderr
+    report = json.loads((folder / "report.json").read_text())
+    assert report["privacy"]["steps_charged"] == STEPS
+    assert report["privacy"]["epsilon_spent"] <= 8.0
+    assert (folder / "published" / "model.sig").is_file()
+
+
+def test_a_step_charged_but_lost_shortens_the_run(workshop):
+    recipe = write_recipe(workshop, "lost")
+    process = subprocess.Popen(
+        command(recipe), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("hardened  step 2/5"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stdout.close()
+    process.wait()
+    ledger = workshop / "lost" / "ledger.jsonl"
+    charged = read_ledger(ledger).steps_charged
+    with ledger.open("a") as file:
+        file.write('{"step": 9')  # torn by the kill: its noise may have been released
+    final = harden(recipe, "--resume")
+    assert final.returncode == 0, final.stdout + final.stderr
+    steps_run = len(re.findall(r"^hardened  step", final.stdout, flags=re.MULTILINE))
+    assert steps_run <= STEPS - charged - 1
+    assert read_ledger(ledger).steps_charged == STEPS
+
+
+def test_failed_gate_publishes_nothing(workshop):
+    recipe = write_recipe(
+        workshop,
+        "refused",
+        task="generate",
+        data={"private": {"path": str(workshop / "prompts.jsonl")}, "held_out_fraction": 0.3},
+        adversarial={"method": "pgd", "steps": 2, "radius": 0.05},
+        gate={"rules": [{"metric": "heldout_loss", "at_most": 0.001}]},
+    )
+    process = harden(recipe)
+    folder = workshop / "refused"
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert "heldout_loss" in process.stderr
+    assert not (folder / "published").exists()
+    report = json.loads((folder / "report.json").read_text())
+    assert report["gate"]["passed"] is False
+    rows = [item for item in report["evidence"] if item["metric"] == "heldout_loss"]
+    assert {row["subject"] for row in rows} == {"base", "plain", "hardened"}
+    assert all(row["interval"]["low"] <= row["value"] <= row["interval"]["high"] for row in rows)
+
+
+class TestRefusals:
+    def test_more_than_one_process(self, workshop):
+        recipe = write_recipe(workshop, "many")
+        process = subprocess.run(
+            command(recipe), capture_output=True, text=True, check=False, env={**environment(), "WORLD_SIZE": "2"}
+        )
+        assert process.returncode == 2
+        assert "accelerate launch --num_processes 1" in process.stderr
+        assert not (workshop / "many").exists()
+
+    def test_missing_gpu(self, workshop):
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+        process = harden(write_recipe(workshop, "nogpu"), "--set", "model.device=cuda")
+        assert process.returncode == 2
+        assert "torch sees no GPU" in process.stderr
+        assert not (workshop / "nogpu").exists()
+
+    def test_data_smaller_than_the_expected_batch(self, workshop):
+        process = harden(
+            write_recipe(workshop, "small", privacy__expected_batch_size=400, privacy__sample_rate=0.9)
+        )
+        assert process.returncode == 2
+        assert "fewer than privacy.expected_batch_size = 400" in process.stderr
+
+    def test_unreachable_target(self, workshop):
+        process = harden(write_recipe(workshop, "unreachable", privacy__target_epsilon=1e-9, privacy__delta=1e-9))
+        assert process.returncode == 2
+        assert "target_epsilon" in process.stderr or "1e-09" in process.stderr

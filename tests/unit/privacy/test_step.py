@@ -1,0 +1,208 @@
+"""The private step: sensitivity, noise added once, the ledger before the noise, public divisor."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from scipy import stats
+from torch import nn
+
+from securetune.errors import PrivacyError
+from securetune.privacy.ledger import Ledger, LedgerHeader, read_ledger
+from securetune.privacy.noise import NoiseSource
+from securetune.privacy.per_sample import PerSampleGradients
+from securetune.privacy.step import OrdinaryStep, PrivateStep
+
+CLIP = 0.7
+SIGMA = 1.3
+DIVISOR = 10
+
+
+def make_grads(width: int = 6) -> PerSampleGradients:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, width))
+    model.requires_grad_(False)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    return PerSampleGradients(adapted)
+
+
+def losses_of(grads: PerSampleGradients, x: torch.Tensor) -> torch.Tensor:
+    return grads.model(x).square().flatten(1).sum(dim=1)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    header = LedgerHeader(
+        accountant="test",
+        noise_multiplier=SIGMA,
+        sample_rate=0.1,
+        max_grad_norm=CLIP,
+        delta=1e-5,
+        expected_batch_size=DIVISOR,
+        planned_steps=3000,
+        reportable_epsilon=True,
+    )
+    with Ledger(tmp_path / "ledger.jsonl", header) as opened:
+        yield opened
+
+
+def private(grads, ledger, *, optimizer=None, noise_multiplier=SIGMA, max_grad_norm=CLIP) -> PrivateStep:
+    return PrivateStep(
+        grads,
+        optimizer or torch.optim.SGD([grads.flat_params], lr=1.0),
+        max_grad_norm=max_grad_norm,
+        noise_multiplier=noise_multiplier,
+        expected_batch_size=DIVISOR,
+        noise=NoiseSource(),
+        ledger=ledger,
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(scale=st.floats(1e-3, 1e4), batch=st.integers(2, 5), removed=st.integers(0, 4), seed=st.integers(0, 2**16))
+def test_one_sample_moves_the_sum_by_at_most_the_clip_norm(scale, batch, removed, seed):
+    torch.manual_seed(seed)
+    x = scale * torch.randn(batch, 3, 6)
+    grads = make_grads()
+    keep = [row for row in range(batch) if row != removed % batch]
+    sums = []
+    for rows in (list(range(batch)), keep):
+        step = private(grads, None)  # accumulating needs no ledger
+        step.accumulate(losses_of(grads, x[rows]))
+        sums.append(step.summed.clone())
+    assert (sums[0] - sums[1]).norm() <= CLIP * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("split", [[4], [1, 3], [2, 2], [1, 1, 1, 1]])
+def test_any_micro_batch_size_gives_the_same_sum(split):
+    grads = make_grads()
+    x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(1))
+    whole, parts = private(grads, None), private(grads, None)
+    whole.accumulate(losses_of(grads, x))
+    for piece in x.split(split):
+        parts.accumulate(losses_of(grads, piece))
+    torch.testing.assert_close(parts.summed, whole.summed)
+
+
+def test_update_is_the_noisy_clipped_mean(ledger):
+    grads = make_grads()
+    x = torch.randn(4, 3, 6)
+    rows = grads.backward(losses_of(grads, x)).double()
+    clipped = (rows * (CLIP / rows.norm(dim=1, keepdim=True)).clamp(max=1.0)).sum(dim=0)
+    before = grads.flat_params.detach().clone()
+    step = private(grads, ledger, noise_multiplier=0.0)
+    norms = step.accumulate(losses_of(grads, x))
+    step.finish()
+    torch.testing.assert_close(norms, rows.norm(dim=1).float())
+    torch.testing.assert_close(before - grads.flat_params.detach(), (clipped / DIVISOR).float())
+
+
+def test_noise_has_the_claimed_deviation_once_per_step_whatever_was_drawn(ledger):
+    # lr 1, so a parameter's change times the divisor is the noise of that step
+    grads = make_grads()
+    step = private(grads, ledger)
+    samples = []
+    for number in range(400):
+        before = grads.flat_params.detach().clone()
+        if number % 2:  # an empty batch must be noised as well; a zero loss has a zero gradient
+            step.accumulate(losses_of(grads, torch.zeros(3, 2, 6)) * 0.0)
+        step.finish()
+        samples.append((before - grads.flat_params.detach()) * DIVISOR)
+    noise = torch.stack(samples).double() / (SIGMA * CLIP)
+    chi_square = float(noise.square().sum())
+    low, high = stats.chi2.interval(1 - 1e-6, noise.numel())
+    assert low < chi_square < high
+    assert ledger.steps_charged == 400
+    assert len({float(row[0]) for row in noise}) == 400  # no value twice
+
+
+def test_step_is_on_disk_before_its_noise_exists(ledger):
+    grads = make_grads()
+    seen: list[int] = []
+
+    class Watching(NoiseSource):
+        def normal(self, **options):
+            seen.append(read_ledger(ledger.path).steps_charged)
+            return super().normal(**options)
+
+    step = private(grads, ledger)
+    step._noise = Watching()
+    step.finish()
+    step.finish()
+    assert seen == [1, 2]
+
+
+def test_nothing_is_released_past_the_budget(tmp_path):
+    header = LedgerHeader(
+        accountant="test", noise_multiplier=SIGMA, sample_rate=0.1, max_grad_norm=CLIP, delta=1e-5,
+        expected_batch_size=DIVISOR, planned_steps=1, reportable_epsilon=True,
+    )  # fmt: skip
+    grads = make_grads()
+    with Ledger(tmp_path / "ledger.jsonl", header) as ledger:
+        step = private(grads, ledger)
+        step.finish()
+        before = grads.flat_params.detach().clone()
+        with pytest.raises(PrivacyError, match="all 1 planned steps are charged"):
+            step.finish()
+    assert torch.equal(before, grads.flat_params.detach())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_sample_contributes_zero(bad):
+    grads = make_grads()
+    x = torch.randn(3, 2, 6)
+    clean = private(grads, None)
+    clean.accumulate(losses_of(grads, x[1:]))
+    x[0, 0, 0] = bad
+    step = private(grads, None)
+    norms = step.accumulate(losses_of(grads, x))
+    torch.testing.assert_close(step.summed, clean.summed)
+    assert not norms[0].isfinite()
+
+
+def test_bfloat16_sums_do_not_stall():
+    # a bfloat16 running sum of 512 x 0.01 stops at 4.0
+    grads = make_grads()
+    step = private(grads, None, max_grad_norm=1e6)
+    x = torch.randn(1, 2, 6)
+    step.accumulate(losses_of(grads, x))
+    one = step.summed.clone()
+    for _ in range(511):
+        step.accumulate(losses_of(grads, x))
+    assert step.summed.dtype == torch.float32
+    torch.testing.assert_close(step.summed, 512 * one, rtol=1e-4, atol=1e-5)
+
+
+def test_ordinary_step_equals_a_plain_optimizer_step():
+    grads, reference = make_grads(), make_grads()
+    reference.detach()
+    x = torch.randn(4, 3, 6)
+    parameters = [p for p in reference.model.parameters() if p.requires_grad]
+    plain = torch.optim.AdamW(parameters, lr=0.1)
+    (losses_of(reference, x).sum() / DIVISOR).backward()
+    plain.step()
+    step = OrdinaryStep(grads, torch.optim.AdamW([grads.flat_params], lr=0.1), expected_batch_size=DIVISOR)
+    step.accumulate(losses_of(grads, x))
+    step.finish()
+    expected = torch.cat([p.detach().flatten() for p in parameters])
+    torch.testing.assert_close(grads.flat_params.detach(), expected)
+
+
+def test_optimizer_of_other_parameters_is_refused(ledger):
+    grads = make_grads()
+    others = torch.optim.SGD([p for p in grads.model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(PrivacyError, match="must own exactly the flat adapter vector"):
+        private(grads, ledger, optimizer=others)
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_grad_norm", 0.0), ("noise_multiplier", -1.0)])
+def test_bad_numbers_are_named(ledger, name, value):
+    with pytest.raises(PrivacyError, match=rf"{name} must be .*{value}"):
+        private(make_grads(), ledger, **{name: value})
