@@ -4,7 +4,7 @@ Typing errors inside a word are the everyday case of adversarial text. The four 
 al. 2019 (https://arxiv.org/abs/1905.11268), whose readers still recognise the words: swap, drop, add or
 mistype an inner letter, at most one edit per word. The search spends the whole edit budget at once on
 random words, then exchanges one edit at a time for a better one. Measured on SmolLM2-135M with movie
-snippets (19 words each, 25 queries, 3 edits, 99 texts) it broke 62 texts with 15 queries on average;
+snippets (19 words each, 25 queries, 3 edits, 99 texts) it broke 63 texts with 15 queries on average;
 ranking words by deleting them first, as TextFooler does, broke 56 with 21: in a short text the ranking
 takes most of the budget.
 """

@@ -211,9 +211,10 @@ def perturb(
         computes row ``i`` of its result from row ``i`` of its argument. Only the gradient with respect to
         the embeddings of the *sum* of the losses is taken: ``.grad`` of every parameter stays as it was,
         and torch's random state too unless ``losses_fn`` draws from it. ``delta`` is zero outside the mask
-        and within the radius in its own dtype. With ``return_last=False``, ``best_loss[i]`` is the highest
-        finite loss seen; at a tie the earlier iterate stays. A non-finite loss is never chosen, and a
-        sample without any finite loss gets ``delta = 0``.
+        and within the radius in its own dtype. Adding it to bfloat16 embeddings rounds once more, by at
+        most half a unit in the last place of the sum. With ``return_last=False``, ``best_loss[i]`` is the
+        highest finite loss seen; at a tie the earlier iterate stays. A non-finite loss is never chosen, and
+        a sample without any finite loss gets ``delta = 0``.
 
     Args:
         losses_fn: Maps perturbed embeddings ``[B, T, D]`` to losses ``[B]``, one per sample.

@@ -1,1 +1,1 @@
-"""Differentially private training: per-sample gradients, clipping, noise, sampling, accounting and the ledger."""
+"""Differentially private training: per-sample gradients, clipping, noise, sampling, accounting, ledger."""

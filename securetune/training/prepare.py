@@ -95,7 +95,7 @@ def prepare_data(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizer
 
 
 def _without_conflicts(records: Sequence[Record]) -> list[Record]:
-    """Drop every text that appears with more than one label, which is what a label-flipping poisoner leaves."""
+    """Drop every text that appears with more than one label: what a label-flipping poisoner leaves."""
     labels: dict[str, set[int | None]] = {}
     for record in records:
         labels.setdefault(record.split_id, set()).add(record.label)

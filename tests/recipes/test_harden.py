@@ -1,4 +1,4 @@
-"""The whole way of the data on a tiny model: one run, one killed three times and resumed, one that fails its gate."""
+"""The whole way of the data on a tiny model: one run, runs killed and resumed, one that fails its gate."""
 
 import json
 import os
@@ -97,10 +97,19 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
 
-def harden(recipe: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(recipe, *options), capture_output=True, text=True, check=False, env=environment(), timeout=600
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment() | variables,
+        timeout=600,
     )
+
+
+def harden(recipe: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return run(*command(recipe, *options)[1:], **variables)
 
 
 @pytest.fixture(scope="module")
@@ -114,24 +123,30 @@ def finished(workshop):
 class TestFinishedRun:
     def test_leaves_the_promised_files(self, finished):
         folder, _ = finished
-        expected = {
-            "recipe.yaml", "plan.json", "metrics.jsonl", "ledger.jsonl", "checkpoint", "report.json", "report.html",
-            "published", "publisher.pub",
-        }  # fmt: skip
+        expected = {"recipe.yaml", "plan.json", "metrics.jsonl", "ledger.jsonl", "checkpoint", "published"}
+        expected |= {"report.json", "report.html", "publisher.pub"}
         assert expected <= {path.name for path in folder.iterdir()}
         assert (folder / "published" / "model.sig").is_file()
         assert not (folder / "work" / "plain").exists()  # the unprotected baseline is gone
 
     def test_secrets_are_for_the_owner_only(self, finished):
         folder, _ = finished
-        private = [*(folder / "keys").glob("*.key"), folder / "keys" / "passphrase.txt", folder / "metrics.jsonl"]
+        private = [
+            *(folder / "keys").glob("*.key"),
+            folder / "keys" / "passphrase.txt",
+            folder / "metrics.jsonl",
+        ]
         private += list((folder / "work").glob("*.json"))
         assert len(private) > 5
         assert {oct(path.stat().st_mode & 0o777) for path in private} == {"0o600"}
 
     def test_prints_plan_progress_and_epsilon(self, finished):
         _, output = finished
-        assert output.index("Plan of finished") < output.index("plain  step 1/5") < output.index("hardened  step 1/5")
+        assert (
+            output.index("Plan of finished")
+            < output.index("plain  step 1/5")
+            < output.index("hardened  step 1/5")
+        )
         assert "one record; a person with several records is not covered" in output
         assert re.search(r"hardened  step 5/5  loss [0-9.]+  [0-9,]+ tokens/s  epsilon [0-9.]+", output)
         assert "same outputs" in output
@@ -141,11 +156,13 @@ class TestFinishedRun:
         folder, _ = finished
         for name in ("published", "checkpoint"):
             target = folder / name
-            process = subprocess.run(
-                [sys.executable, "-m", "model_signing", "verify", "key", str(target), "--signature", str(target / "model.sig"),
-                 "--public_key", str(folder / "publisher.pub")],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
+            options = [
+                "--signature",
+                str(target / "model.sig"),
+                "--public_key",
+                str(folder / "publisher.pub"),
+            ]
+            process = run("-m", "model_signing", "verify", "key", str(target), *options)
             assert process.returncode == 0, process.stdout + process.stderr
 
     def test_a_changed_byte_is_refused(self, finished, tmp_path):
@@ -191,7 +208,9 @@ class TestFinishedRun:
         folder, _ = finished
         state = read_ledger(folder / "ledger.jsonl")
         assert state.steps_charged == STEPS
-        truth = epsilon_spent(state.header.noise_multiplier, state.header.sample_rate, STEPS, state.header.delta)
+        truth = epsilon_spent(
+            state.header.noise_multiplier, state.header.sample_rate, STEPS, state.header.delta
+        )
         report = json.loads((folder / "report.json").read_text())
         (epsilon,) = [item["value"] for item in report["evidence"] if item["metric"] == "epsilon"]
         assert epsilon == pytest.approx(truth) == pytest.approx(report["privacy"]["epsilon_spent"])
@@ -205,7 +224,9 @@ class TestFinishedRun:
             assert {row["subject"] for row in rows} == {"base", "plain", "hardened"}
             assert len({row["n"] for row in rows}) == 1
             assert all(row["interval"]["low"] <= row["value"] <= row["interval"]["high"] for row in rows)
-        differences = {(item["metric"], item["subject"]) for item in evidence if item["metric"].endswith("_difference")}
+        differences = {
+            (item["metric"], item["subject"]) for item in evidence if item["metric"].endswith("_difference")
+        }
         assert ("accuracy_difference", "hardened - base") in differences
         assert ("accuracy_pgd_difference", "hardened - plain") in differences
 
@@ -223,10 +244,7 @@ class TestFinishedRun:
         from securetune.models.adapters import load_adapter
 
         folder, _ = finished
-        process = subprocess.run(
-            [sys.executable, "-m", "securetune", "export", str(workshop / "finished.yaml"), str(tmp_path / "plain")],
-            capture_output=True, text=True, check=False, env=environment(),
-        )  # fmt: skip
+        process = run("-m", "securetune", "export", str(workshop / "finished.yaml"), str(tmp_path / "plain"))
         assert process.returncode == 0, process.stderr
         assert "not encrypted, not signed" in process.stdout
         ids = AutoTokenizer.from_pretrained(tmp_path / "plain")("it was good", return_tensors="pt")
@@ -241,13 +259,28 @@ class TestFinishedRun:
         with torch.no_grad():
             torch.testing.assert_close(exported(**ids).logits, model(**ids).logits, rtol=1e-4, atol=1e-4)
 
+    def test_evaluate_command_measures_the_sealed_model_again(self, finished, workshop):
+        folder, _ = finished
+        process = run("-m", "securetune", "evaluate", str(workshop / "finished.yaml"), "--json")
+        assert process.returncode == 0, process.stderr
+        again = {item["metric"]: item for item in json.loads(process.stdout[process.stdout.index("[\n") :])}
+        evidence = json.loads((folder / "report.json").read_text())["evidence"]
+        for metric in ("accuracy", "accuracy_char"):
+            (reported,) = [e for e in evidence if (e["metric"], e["subject"]) == (metric, "hardened")]
+            assert again[metric]["value"] == reported["value"]
+            assert again[metric]["artefact"] == reported["artefact"]
+
 
 def test_killed_anywhere_a_run_resumes_to_a_valid_result(workshop):
     recipe = write_recipe(workshop, "killed")
     folder = workshop / "killed"
     for pattern in ("plain  step 3/5", "hardened  step 2/5", "evaluate plain: accuracy"):
         process = subprocess.Popen(
-            command(recipe, "--resume"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+            command(recipe, "--resume"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
         )
         assert process.stdout is not None
         seen = []
@@ -315,9 +348,7 @@ def test_failed_gate_publishes_nothing(workshop):
 class TestRefusals:
     def test_more_than_one_process(self, workshop):
         recipe = write_recipe(workshop, "many")
-        process = subprocess.run(
-            command(recipe), capture_output=True, text=True, check=False, env={**environment(), "WORLD_SIZE": "2"}
-        )
+        process = harden(recipe, WORLD_SIZE="2")
         assert process.returncode == 2
         assert "accelerate launch --num_processes 1" in process.stderr
         assert not (workshop / "many").exists()
@@ -338,6 +369,8 @@ class TestRefusals:
         assert "fewer than privacy.expected_batch_size = 400" in process.stderr
 
     def test_unreachable_target(self, workshop):
-        process = harden(write_recipe(workshop, "unreachable", privacy__target_epsilon=1e-9, privacy__delta=1e-9))
+        process = harden(
+            write_recipe(workshop, "unreachable", privacy__target_epsilon=1e-9, privacy__delta=1e-9)
+        )
         assert process.returncode == 2
         assert "target_epsilon" in process.stderr or "1e-09" in process.stderr

@@ -60,10 +60,10 @@ def _clip_slice(grads: Tensor, accumulator: Tensor, max_grad_norm: float, valid:
 def _products_are_float32(grads: Tensor) -> bool:
     """Tell whether matrix products keep float32.
 
-    After ``torch.set_float32_matmul_precision("medium")`` they may round their inputs to bfloat16, and a clipped
-    sample would be up to 0.4 % longer than the noise was made for.
+    After ``torch.set_float32_matmul_precision("medium")`` they may round their inputs to bfloat16, and a
+    clipped sample would be up to 0.4 % longer than the noise was made for.
     """
-    settings = torch.backends.cuda.matmul if grads.is_cuda else torch.backends.mkldnn.matmul
+    settings = torch.backends.cuda.matmul if grads.is_cuda else torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     return settings.fp32_precision in ("none", "ieee")
 
 

@@ -250,7 +250,8 @@ def test_surface_noise_has_the_full_radius_and_keeps_to_the_mask(model, norm):
     task = Task(model)
     noise = surface_noise(range(B), task.mask, D, norm=norm, radius=2.0)
     assert not noise[~task.mask].any()
-    torch.testing.assert_close(ball_norm(noise, norm), torch.full((B,), 2.0, dtype=torch.float64))
+    assert (ball_norm(noise, norm) <= 2.0).all()
+    assert (ball_norm(noise, norm) >= 2.0 * (1 - 1e-4)).all()
 
 
 def test_tie_keeps_the_earlier_iterate():

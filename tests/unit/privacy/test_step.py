@@ -66,7 +66,9 @@ def private(grads, ledger, *, optimizer=None, noise_multiplier=SIGMA, max_grad_n
 
 
 @settings(max_examples=25, deadline=None)
-@given(scale=st.floats(1e-3, 1e4), batch=st.integers(2, 5), removed=st.integers(0, 4), seed=st.integers(0, 2**16))
+@given(
+    scale=st.floats(1e-3, 1e4), batch=st.integers(2, 5), removed=st.integers(0, 4), seed=st.integers(0, 2**16)
+)
 def test_one_sample_moves_the_sum_by_at_most_the_clip_norm(scale, batch, removed, seed):
     torch.manual_seed(seed)
     x = scale * torch.randn(batch, 3, 6)

@@ -1,0 +1,91 @@
+"""The plan: what it promises is what the accountant says, and it is readable."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from securetune.config import parse_recipe
+from securetune.models.base import BaseModel
+from securetune.privacy.accounting import epsilon_spent
+from securetune.training.plan import _adapter_parameters, make_plan
+from tests.sample_recipe import recipe_text
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def base():
+    model = tiny_llama()
+    return BaseModel(
+        model=model,
+        tokenizer=tiny_tokenizer(),
+        name="tiny",
+        digest="0" * 64,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        folder=None,
+        description="tiny",
+    )
+
+
+def plan_of(base, **changes):
+    recipe = parse_recipe(
+        recipe_text({key.replace("__", "."): value for key, value in changes.items()}), "r.yaml"
+    )
+    return make_plan(recipe, base=base, tokens_per_record=20)
+
+
+def printed(plan) -> str:
+    console = Console(width=200, file=io.StringIO())
+    console.print(plan.render())
+    return console.file.getvalue()
+
+
+def test_noise_meets_the_target_and_never_passes_it(base):
+    plan = plan_of(base)
+    assert plan.privacy is not None
+    epsilon = epsilon_spent(plan.privacy.noise_multiplier, 0.032, 10, 1e-5)
+    assert epsilon <= 8.0
+    assert epsilon == pytest.approx(8.0, rel=1e-3)
+    assert epsilon_spent(0.99 * plan.privacy.noise_multiplier, 0.032, 10, 1e-5) > 8.0
+
+
+def test_printed_plan_names_unit_delta_and_bound(base):
+    text = printed(plan_of(base))
+    assert "one record; a person with several records is not covered" in text
+    assert "delta = 1e-05" in text
+    assert "at 1 % false alarms" in text
+    assert "settings tuned on the private data" in text
+
+
+def test_plan_without_privacy_says_so(base):
+    plan = plan_of(base, privacy__enabled=False)
+    assert plan.privacy is None
+    assert "OFF: nothing is promised about any record" in printed(plan)
+
+
+def test_json_form_round_trips(base):
+    values = json.loads(json.dumps(plan_of(base).to_dict()))
+    assert values["privacy"]["steps"] == 10
+    assert values["privacy"]["curve"]["steps"][-1] == 10
+    assert values["estimate"]["memory_bytes"] > 0
+
+
+def test_adversarial_steps_cost_time(base):
+    clean, attacked = plan_of(base, adversarial__method="none"), plan_of(base, adversarial__method="fgsm")
+    for plan, factor in ((clean, 1), (attacked, 2)):
+        seconds = plan.estimate.seconds
+        assert seconds["hardened training"] == pytest.approx(factor * seconds["plain fine-tune"])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_adapter_size_is_what_peft_makes(base, targets):
+    from securetune.models.adapters import adapt
+
+    plan = plan_of(base, training__lora__target_modules=targets, training__lora__rank=3)
+    model = adapt(tiny_llama(), plan.recipe.training.lora)
+    actual = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert _adapter_parameters(plan.recipe, dataclasses.replace(base, model=tiny_llama())) == actual
