@@ -75,7 +75,7 @@ LLAMA_1B = {
 
 def run(context: Context) -> Iterator[Result]:
     """Measure time and peak memory of a step."""
-    for package in ("transformers", "peft"):
+    for package in ("transformers", "peft", "cryptography", "pydantic", "rfc8785"):
         if importlib.util.find_spec(package) is None:
             raise DoesNotFit(f"{package} is not installed.")
     on_gpu = context.device.type == "cuda"

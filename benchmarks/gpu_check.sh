@@ -2,7 +2,8 @@
 # Check the kernels on one GPU in under nine minutes: bash benchmarks/gpu_check.sh OUT
 #
 # GPU tests first, then the benchmarks by importance, then one short table. Needs torch, triton, pytest, hypothesis,
-# transformers and peft, but no installation of this project. A step that fails or runs out of time is reported and
+# transformers and peft (dp_lora_step also cryptography, pydantic and rfc8785, and opacus if it is to be compared), but
+# no installation of this project. A step that fails or runs out of time is reported and
 # the next one starts; the exit status is the number of such steps. OUT gets results.jsonl and one log per step.
 set -u
 
@@ -18,6 +19,10 @@ export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}"
 # triton 3.10 changes the default
 export TRITON_DEFAULT_FP_FUSION=1
 unset TRITON_INTERPRET
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu_check.sh: $python finds no CUDA device through torch, so nothing can be checked." >&2
+    exit 69
+fi
 failures=0
 summary=()
 

@@ -22,6 +22,7 @@ from securetune.publishing import check_gate, publish
 from securetune.report.assemble import assemble_report
 from securetune.report.html import render_html
 from securetune.report.summary import report_json
+from securetune.report.terminal import results_table
 from securetune.report.verdict import headline
 from securetune.training.access import Access, prepare_access
 from securetune.training.evaluate import collect_evidence, evaluate_subject, forget_plain_model
@@ -84,6 +85,7 @@ def harden(recipe: Recipe, run: RunFolder) -> None:
         write_atomic(run.report_json, report_json(report))
         write_atomic(run.report_html, render_html(report))
         del base
+    out.print(results_table(report))
     out.print(headline(report))
     out.print(f"Report: {run.report_html}")
 

@@ -191,7 +191,7 @@ class EvaluationConfig(Section):
     """Steps of the embedding attack."""
     pgd_step_size: float | None = Field(default=None, gt=0)
     """Step of the embedding attack, in the unit of the radii. Null: 2.5 * radius / steps."""
-    character_queries: int = Field(default=40, ge=1)
+    character_queries: int = Field(default=40, ge=3)
     """Model queries the black-box character attack may use per text."""
     character_edits: int = Field(default=3, ge=1)
     """Characters the black-box attack may change per text."""

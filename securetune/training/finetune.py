@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from securetune.adversarial.validity import find_objective, require_private_training_allows
 from securetune.config.loader import recipe_digest
 from securetune.config.schema import Recipe
 from securetune.errors import PrivacyError
@@ -209,6 +210,8 @@ def _private_step(
 def _adversary(subject: str, recipe: Recipe, head: Head) -> Adversary | None:
     if subject == "plain" or recipe.adversarial.method == "none":
         return None
+    if recipe.privacy.enabled:
+        require_private_training_allows(find_objective(recipe.adversarial.method))
     return Adversary(head, recipe.adversarial, seed=recipe.seed)
 
 

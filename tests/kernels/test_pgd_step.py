@@ -121,12 +121,20 @@ def test_budget_holds_after_the_cast(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", ["l2_token", "l2_sample"])
-def test_step_against_a_far_start_stays_in_the_ball(norm, backend, kernel_device):
+@pytest.mark.parametrize("left_over", [1.5, 2.0, 3.0, 5.0])
+def test_step_against_a_far_start_stays_in_the_ball(left_over, norm, backend, kernel_device):
     # delta and step nearly cancel, the worst case for a norm put together from sums
     delta, _, mask = random_step((2, 3, 50), device=kernel_device)
     delta, mask = 1e4 * delta / unit_norms(delta, norm).max().float(), torch.ones_like(mask)
     result = pgd_step(
-        delta, -delta, mask, step_size=9999.9, radius=1.0, norm=norm, direction="normalised", backend=backend
+        delta,
+        -delta,
+        mask,
+        step_size=1e4 - left_over,
+        radius=1.0,
+        norm=norm,
+        direction="normalised",
+        backend=backend,
     )
     assert unit_norms(result, norm).max().item() <= 1.0
 

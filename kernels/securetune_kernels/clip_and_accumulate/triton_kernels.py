@@ -34,8 +34,8 @@ def _norm_from_sums(plain, shrunk, grown):
     # NaN or infinite if an entry was
     vanishing = plain < SMALLEST_PLAIN_SUM
     finite = plain < float("inf")
-    norm = tl.where(finite, tl.sqrt(plain), tl.sqrt(shrunk) * GROW)
-    return tl.where(vanishing, tl.sqrt(grown) * SHRINK, norm)
+    norm = tl.where(finite, tl.sqrt_rn(plain), tl.sqrt_rn(shrunk) * GROW)
+    return tl.where(vanishing, tl.sqrt_rn(grown) * SHRINK, norm)
 
 
 @triton.jit
@@ -99,7 +99,9 @@ def _clip_factors_kernel(
     shrunk = tl.sum(tl.load(partial_ptrs + 1, mask=mask, other=0.0), axis=0)
     grown = tl.sum(tl.load(partial_ptrs + 2, mask=mask, other=0.0), axis=0)
     norm = _norm_from_sums(plain, shrunk, grown)
-    factor = tl.where(norm > max_grad_norm, max_grad_norm / tl.where(norm > max_grad_norm, norm, 1.0), 1.0)
+    # rounded to nearest: the fast division of NVIDIA chips gives zero for divisors above 2^126
+    is_long = norm > max_grad_norm
+    factor = tl.where(is_long, tl.div_rn(max_grad_norm, tl.where(is_long, norm, 1.0)), 1.0)
     # NaN < inf is false, so both NaN and infinite samples are dropped; a subnormal factor could be rounded
     # up twofold
     factor = tl.where((norm < float("inf")) & (factor >= SMALLEST_NORMAL), factor, 0.0)

@@ -278,7 +278,8 @@ def _sample_factors_kernel(
         moved_squares = total + 2.0 * in_units * cosine_part + in_units * in_units
         moved_squares = tl.maximum(moved_squares, 0.0) + CANCELLATION * (total + in_units * in_units)
     length = unit * tl.sqrt(tl.where(takes_step, moved_squares, total))
-    shrink = limit / tl.maximum(length, limit)
+    # exactly 1 inside the ball, which x / x need not be with a fast division
+    shrink = tl.where(length > limit, limit / tl.maximum(length, limit), 1.0)
     may_leave = length * (1.0 + relative_rounding) + absolute_rounding > limit
     if IS_SIGN:
         step_factor = step_size
