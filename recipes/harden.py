@@ -9,8 +9,6 @@ gate; publish; and open what was published the way its receiver will.
 
 import argparse
 
-from accelerate import Accelerator
-
 from securetune.cli.output import clean_exit, console
 from securetune.config.launch import require_single_process
 from securetune.config.loader import load_recipe
@@ -32,6 +30,7 @@ from securetune.training.plan import make_plan, write_plan
 from securetune.training.prepare import prepare_data
 from securetune.training.release import release_evidence
 from securetune.training.reopen import check_reopens
+from securetune.training.trackers import start_trackers
 
 out = console()
 
@@ -52,11 +51,7 @@ def main() -> None:
 
 def harden(recipe: Recipe, run: RunFolder) -> None:
     """Run every stage that is not done yet."""
-    accelerator = Accelerator(
-        cpu=recipe.model.device == "cpu", log_with=list(recipe.training.trackers) or None
-    )
-    if recipe.training.trackers:
-        accelerator.init_trackers(recipe.name)
+    accelerator = start_trackers(recipe, run)
     access = prepare_access(recipe, run)
 
     with run.stage("data and plan"):
@@ -107,17 +102,9 @@ def harden(recipe: Recipe, run: RunFolder) -> None:
 
 
 def _reopen(recipe: Recipe, run: RunFolder, access: Access) -> None:
-    if access.identity_file is None and access.passphrase is None:
-        out.print(
-            "Not re-opened: only the recipients' private keys open it. Check with 'securetune checkpoint "
-            "open'."
-        )
-        return
     difference = check_reopens(recipe, access, recipe.publish_folder, run.public_key)
     run.save("reopened", {"largest_logit_difference": difference})
-    out.print(
-        f"Re-opened in a fresh process: same outputs (logits within {difference:.1e})."
-    )
+    out.print(f"Re-opened in a fresh process: same outputs (logits within {difference:.1e}).")
 
 
 def _print_times(run: RunFolder) -> None:

@@ -1,6 +1,7 @@
 """What was measured about one artefact: the value, how sure we are, on how many texts, by which method."""
 
 import math
+from collections.abc import Mapping
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -8,12 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 __all__ = [
     "BOUND_METRICS",
     "METRICS",
+    "PUBLIC_PARAMS",
     "Evidence",
     "GateResult",
     "Interval",
     "RuleResult",
     "Status",
     "describe_metric",
+    "public_params",
 ]
 
 Status = Literal["pass", "fail", "invalid", "not_run"]
@@ -38,6 +41,10 @@ METRICS: Final[dict[str, str]] = {
 
 BOUND_METRICS: Final = frozenset({"epsilon"})
 """Metrics that are computed upper bounds, not estimates: they carry no confidence interval."""
+
+PUBLIC_PARAMS: Final = frozenset({"delta", "edits", "noise_multiplier", "norm", "queries", "radius", "steps"})
+"""The params that follow from the recipe alone. Every other one may be measured on private data, and stays in
+the run folder with the value it belongs to."""
 
 
 class Interval(BaseModel):
@@ -82,7 +89,8 @@ class Evidence(BaseModel):
             must not leave the run folder.
         release_epsilon: Set on a private statistic that was noised for release: the epsilon paid for the
             whole release it belongs to.
-        params: Settings of the measurement (``radius``, ``steps``, ``queries``...).
+        params: Settings of the measurement (``radius``, ``steps``, ``queries``...), and what else was
+            measured with it (``mean_queries``, ``errors``...); see ``PUBLIC_PARAMS``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -139,7 +147,7 @@ class RuleResult(BaseModel):
         passed: Whether the rule holds.
         reason: Why, in words.
         private_statistic: True when ``value`` is an un-noised statistic of private data.
-        params: Settings of the measurement.
+        params: Settings of the measurement, of ``PUBLIC_PARAMS`` only.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -182,3 +190,15 @@ def describe_metric(metric: str) -> str:
         Its entry in ``METRICS``, or the name with spaces for one this version does not know.
     """
     return METRICS.get(metric, metric.replace("_", " "))
+
+
+def public_params(params: Mapping[str, float | int | str]) -> dict[str, float | int | str]:
+    """Keep the params that may leave the run folder.
+
+    Args:
+        params: The params of an evidence.
+
+    Returns:
+        Those named in ``PUBLIC_PARAMS``.
+    """
+    return {name: value for name, value in params.items() if name in PUBLIC_PARAMS}

@@ -4,7 +4,10 @@ import math
 import random
 from typing import Any
 
+from securetune.config.schema import GateRule, Metric
 from securetune.evidence import Evidence, GateResult, Interval
+from securetune.files import canonical_json
+from securetune.privacy.ledger import LedgerHeader
 from securetune.publishing.gate import check_gate
 from securetune.report.summary import (
     AdversarialStatement,
@@ -144,29 +147,17 @@ def sample_evidence() -> list[Evidence]:
     return items
 
 
-class SampleRule:
-    def __init__(
-        self,
-        metric: str,
-        at_least: float | None = None,
-        at_most: float | None = None,
-        subject: str | None = None,
-        radius: float | None = None,
-    ) -> None:
-        self.metric = metric
-        self.at_least = at_least
-        self.at_most = at_most
-        self.subject = subject
-        self.radius = radius
+def gate_rule(metric: Metric, **conditions: Any) -> GateRule:
+    return GateRule(metric=metric, **conditions)
 
 
 def sample_gate(evidence: list[Evidence]) -> GateResult:
     rules = [
-        SampleRule("epsilon", at_most=8.0),
-        SampleRule("accuracy", at_least=0.75),
-        SampleRule("accuracy_difference", at_least=0.0),
-        SampleRule("membership_auc", at_most=0.6),
-        SampleRule("accuracy_pgd_difference", at_least=0.0, radius=0.2),
+        gate_rule("epsilon", at_most=8.0),
+        gate_rule("accuracy", at_least=0.75),
+        gate_rule("accuracy_difference", at_least=0.0),
+        gate_rule("membership_auc", at_most=0.6),
+        gate_rule("accuracy_pgd_difference", at_least=0.0, radius=0.2),
     ]
     return check_gate(rules, evidence)
 
@@ -254,3 +245,29 @@ def sample_report(**changes: Any) -> Report:
         "reproduce": "accelerate launch recipes/harden.py recipes/configs/quickstart.yaml",
     }
     return Report(**{**fields, **changes})
+
+
+def report_about(hardened: str, **changes: Any) -> Report:
+    """Make a report whose evidence is about the sealed checkpoint of this digest."""
+    report = sample_report(**changes)
+    evidence = [
+        item.model_copy(update={"artefact": hardened}) if item.subject.startswith("hardened") else item
+        for item in report.evidence
+    ]
+    return report.model_copy(update={"evidence": evidence})
+
+
+def sample_ledger(*, steps: int = 15, releases: tuple[float, ...] = (1.0,), **header: Any) -> bytes:
+    """Write the ledger that the privacy statement of ``sample_report`` follows from."""
+    constants = {
+        "noise_multiplier": 0.4712,
+        "sample_rate": 0.03125,
+        "max_grad_norm": 1.0,
+        "delta": 1e-5,
+        "expected_batch_size": 256,
+        "planned_steps": 15,
+    }
+    lines: list[dict[str, Any]] = [LedgerHeader(**{**constants, **header}).model_dump()]
+    lines += [{"step": step} for step in range(steps)]
+    lines += [{"release_epsilon": epsilon} for epsilon in releases]
+    return b"".join(canonical_json(line) + b"\n" for line in lines)

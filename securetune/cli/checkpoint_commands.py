@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -113,7 +113,8 @@ def open_checkpoint(
     ) as vault:
         vault.extract(destination)
         opened = {name: vault.names(name) for name in vault.compartments}
-        trained_on = vault.metadata.get("base") or {}
+        metadata = vault.metadata.get("base")
+        trained_on = metadata if isinstance(metadata, dict) else {}
     out = console()
     out.print(f"Signatures valid. Decrypted to {destination}, where nothing protects it any longer:")
     for name, files in opened.items():
@@ -135,25 +136,28 @@ def verify(checkpoint: Checkpoint, public_key: PublicKeyFile) -> None:
     )
 
 
-def _connect_to_base(adapter: Path, base: str | None, trained_on: Mapping[str, str]) -> str:
+def _connect_to_base(adapter: Path, base: str | None, trained_on: Mapping[str, Any]) -> str:
     """Make an adapter folder loadable with transformers, and say how."""
     from securetune.config.schema import ModelConfig
     from securetune.models.adapters import open_adapter_folder
     from securetune.models.base import folder_digest, local_folder, resolve_base
 
-    name = base or trained_on.get("name")
-    if not name:
-        return "The checkpoint does not name its base model: open it again with --base to load it."
+    named, expected = trained_on.get("name"), trained_on.get("digest")
+    if not isinstance(named, str) or not isinstance(expected, str):
+        return "The checkpoint does not name its base model: point base_model_name_or_path to it to load it."
+    # The signer chose the name: without --base nothing is fetched and no other folder is read because of it.
+    name = base or (named if named.startswith("package:") else None)
+    if name is None:
+        return f"It was trained on {named!r}: open it again with --base {named} (or a folder) to load it."
     try:
         folder = local_folder(resolve_base(ModelConfig(name=name)))
     except (ConfigError, MachineError) as error:
         if base:
             raise
         return f"Its base model is not here; to load it, open it again with --base. ({error})"
-    expected = trained_on.get("digest")
-    if expected and folder_digest(folder) != expected:
+    if folder_digest(folder) != expected:
         raise CheckpointError(
-            f"{name} here is not the base model this adapter was trained on: {trained_on.get('name')}, "
+            f"{name} here is not the base model this adapter was trained on: {named}, "
             f"digest {expected[:12]}.... Get that one, and give its folder with --base."
         )
     open_adapter_folder(adapter, folder)

@@ -43,7 +43,8 @@ def init(
     console().print(
         f"Wrote {target}: task {recipe.task}, {recipe.privacy.expected_records:,.0f} training records, "
         f"epsilon {recipe.privacy.target_epsilon:g} at delta {recipe.privacy.delta:g}.\n"
-        f"Next: securetune checkpoint keygen keys; securetune validate {target}; securetune plan {target}"
+        "Next: securetune checkpoint keygen keys --passphrase; "
+        f"securetune validate {target}; securetune plan {target}"
     )
 
 

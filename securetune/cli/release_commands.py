@@ -16,9 +16,11 @@ from securetune.cli.arguments import (
     open_run_checkpoint,
 )
 from securetune.cli.output import console
+from securetune.errors import ConfigError
 
 if TYPE_CHECKING:
     from securetune.config.schema import Recipe
+    from securetune.report.summary import Report
 
 
 def publish(
@@ -38,6 +40,7 @@ def publish(
     recipe = load(config, overrides)
     folder = recipe.run_folder
     report = load_report(folder / "report.json")
+    _require_recipe_of_run(recipe, report)
     signing_key = load_signing_key(_signing_key_file(recipe))
     released = released_evidence(recipe)
     out = console()
@@ -88,6 +91,21 @@ def export(
         f"Wrote {destination}. It is not encrypted, not signed and has passed no gate: "
         "whoever reads the folder has the model."
     )
+
+
+def _require_recipe_of_run(recipe: "Recipe", report: "Report") -> None:
+    """Refuse another recipe than the run's: its release rules were not the ones this run was made for."""
+    from securetune.config.loader import recipe_digest
+
+    digest = recipe_digest(recipe)
+    if digest != report.recipe.digest:
+        folder = recipe.run_folder
+        raise ConfigError(
+            f"{folder / 'report.json'} is the report of another recipe ({report.recipe.digest[:12]}, this "
+            f"one is {digest[:12]}), so nothing was published. Publish with the recipe as it was run, "
+            f"without --set ({folder / 'recipe.yaml'} is a copy), or run the changed recipe in another "
+            "run_dir."
+        )
 
 
 def _signing_key_file(recipe: "Recipe") -> Path:

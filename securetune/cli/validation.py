@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from securetune.config.schema import Recipe
 from securetune.config.size import require_enough_records, size_warning
+from securetune.errors import DataError
 
 if TYPE_CHECKING:
     from securetune.data.records import Record
@@ -27,12 +28,23 @@ def check_data(recipe: Recipe, *, with_lengths: bool = True) -> Iterator[str]:
         DataError: If the records cannot be used with this recipe.
     """
     from securetune.data.sources import load_records
-    from securetune.data.splits import deduplicate
+    from securetune.data.splits import deduplicate, drop_conflicting
 
     loaded = load_records(recipe.data, recipe.task)
-    kept = deduplicate(loaded, method=recipe.data.deduplicate, is_protected=recipe.privacy.enabled)
+    screened = drop_conflicting(loaded) if recipe.data.screen == "cross_record" else loaded
+    kept = deduplicate(screened, method=recipe.data.deduplicate, is_protected=recipe.privacy.enabled)
     records = kept.records
-    yield f"records   {len(loaded):,} read, {kept.num_removed:,} duplicates removed, {len(records):,} left"
+    num_dropped = len(loaded) - len(screened)
+    contradicting = f"{num_dropped:,} with contradicting labels dropped, " if num_dropped else ""
+    yield (
+        f"records   {len(loaded):,} read, {contradicting}{kept.num_removed:,} duplicates removed, "
+        f"{len(records):,} left"
+    )
+    if not records:
+        raise DataError(
+            "no record is left: each text appears with several labels. Set data.screen to 'none', or repair "
+            "the labels."
+        )
     if kept.num_conflicting:
         yield f"warning   {kept.num_conflicting:,} records share their text with a record of another label"
     if recipe.task == "classify":

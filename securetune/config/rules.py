@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Problem = tuple[str, str]
 """A dotted path and what is wrong there."""
 
+# half of the texts are non-members, and a false-positive rate of 1 % needs 1,000 of those
+_MIN_MEMBERSHIP_AT_1PCT = 2000
+
 
 def broken_rules(sections: Mapping[str, Any]) -> list[Problem]:
     """Check every rule whose sections are there.
@@ -157,14 +160,15 @@ def _keys(checkpoint: "CheckpointConfig") -> Iterator[Problem]:
             )
         return
     remedy = (
-        "Make keys with 'securetune checkpoint keygen', or set checkpoint.demo_keys to true for a first try."
+        "Make it with 'securetune checkpoint keygen keys --passphrase', "
+        "or set checkpoint.demo_keys to true for a first try."
     )
     if "signing_key" not in given:
         yield "checkpoint.signing_key", f"required: a checkpoint is always signed. {remedy}"
-    if not {"recipients", "passphrase_file"} & set(given):
+    if "passphrase_file" not in given:
         yield (
-            "checkpoint.recipients",
-            f"required, unless passphrase_file is set: nobody could open the checkpoint. {remedy}",
+            "checkpoint.passphrase_file",
+            f"required: with it the run measures its own sealed checkpoints, and resumes from them. {remedy}",
         )
 
 
@@ -180,16 +184,47 @@ def _gate(gate: "GateConfig", evaluation: "EvaluationConfig", task: str) -> Iter
                 f"{path}.metric",
                 f"{rule.metric!r} is not measured with task = 'generate'. Use 'heldout_loss'.",
             )
+        if task == "classify" and rule.metric.startswith("heldout_loss"):
+            yield (
+                f"{path}.metric",
+                f"{rule.metric!r} is not measured with task = 'classify'. Use 'accuracy'.",
+            )
+        if (
+            rule.metric == "membership_tpr_at_1pct_fpr"
+            and evaluation.num_membership < _MIN_MEMBERSHIP_AT_1PCT
+        ):
+            yield (
+                f"{path}.metric",
+                f"{rule.metric!r} is measured only on 1,000 non-members or more: evaluation.num_membership "
+                f"must be at least {_MIN_MEMBERSHIP_AT_1PCT}, got {evaluation.num_membership}. Raise it, or "
+                "use 'membership_auc'.",
+            )
         is_pair = rule.metric.endswith("_difference")
         if rule.subject is not None and is_pair != (" - " in rule.subject):
             wanted = "a pair such as 'hardened - plain'" if is_pair else "one model such as 'hardened'"
             yield f"{path}.subject", f"must be {wanted} for {rule.metric!r}, got {rule.subject!r}."
+        elif rule.metric == "epsilon" and rule.subject not in (None, "hardened"):
+            yield (
+                f"{path}.subject",
+                f"must be 'hardened' for 'epsilon', got {rule.subject!r}: no other model has an epsilon. "
+                "Remove it.",
+            )
         if rule.radius is not None and not rule.metric.startswith("accuracy_pgd"):
             yield f"{path}.radius", f"has no effect on {rule.metric!r}. Remove it."
         elif rule.radius is not None and rule.radius not in evaluation.pgd_radii:
             yield (
                 f"{path}.radius",
                 f"must be one of evaluation.pgd_radii {evaluation.pgd_radii}, got {rule.radius}.",
+            )
+
+
+def _gate_of_privacy(gate: "GateConfig", privacy: "PrivacyConfig") -> Iterator[Problem]:
+    for index, rule in enumerate(gate.rules):
+        if rule.metric == "epsilon" and not privacy.enabled:
+            yield (
+                f"gate.rules.{index}.metric",
+                "'epsilon' is not measured with privacy.enabled = false, so the rule could never hold. "
+                "Remove the rule.",
             )
 
 
@@ -228,6 +263,14 @@ def _release(publish: "PublishConfig", privacy: "PrivacyConfig") -> Iterator[Pro
         )
 
 
+def _release_of_task(publish: "PublishConfig", task: str) -> Iterator[Problem]:
+    if publish.release_epsilon is not None and task == "generate":
+        yield (
+            "publish.release_epsilon",
+            "has no effect with task = 'generate': only accuracies can be released. Remove it.",
+        )
+
+
 _RULES: list[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]]] = [
     (("run_dir", "publish"), _folders),
     (("data",), _private_data),
@@ -239,5 +282,7 @@ _RULES: list[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]]] = [
     (("evaluation", "data"), _evaluation),
     (("checkpoint",), _keys),
     (("gate", "evaluation", "task"), _gate),
+    (("gate", "privacy"), _gate_of_privacy),
     (("publish", "privacy"), _release),
+    (("publish", "task"), _release_of_task),
 ]

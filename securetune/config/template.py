@@ -61,7 +61,7 @@ def recipe_template(
     head = (
         f"# Recipe for {path.name}, written by 'securetune init' from {summary.num_records:,} records.\n"
         "# Make the keys it names, check it, see what it costs, run it:\n"
-        "#   securetune checkpoint keygen keys\n"
+        "#   securetune checkpoint keygen keys --passphrase\n"
         "#   securetune validate FILE     securetune plan FILE     securetune train FILE\n"
         "# With the output of 'securetune schema' your editor completes and checks this file.\n\n"
     )
@@ -151,6 +151,7 @@ def _values(path: Path, summary: DataSummary, name: str, model: str) -> dict[str
         "checkpoint": {
             "recipients": ["keys/recipient.key.pub"],
             "signing_key": "keys/signing.key",
+            "passphrase_file": "keys/passphrase.txt",
         },
         "gate": {"rules": [{"metric": "epsilon", "at_most": 8.0}]},
     }

@@ -105,6 +105,26 @@ def deduplicate_fuzzy(records: Sequence[Record]) -> Deduplicated:
     return _keep_first(records, [_skeleton(record) for record in records])
 
 
+def drop_conflicting(records: Sequence[Record]) -> list[Record]:
+    """Drop every text that appears with more than one label, which is what a label-flipping poisoner leaves.
+
+    It compares records with each other, so it is for records outside differential privacy.
+
+    Args:
+        records: What to screen.
+
+    Returns:
+        The records whose text has one label only, in the order given.
+    """
+    labels: dict[str, set[int | None]] = {}
+    for record in records:
+        labels.setdefault(record.split_id, set()).add(record.label)
+    kept = [record for record in records if len(labels[record.split_id]) == 1]
+    if len(kept) < len(records):
+        _logger.warning("%d records with contradicting labels were dropped.", len(records) - len(kept))
+    return kept
+
+
 def split_held_out(records: Sequence[Record], *, fraction: float, key: bytes, min_held_out: int = 1) -> Split:
     """Hold out records by a keyed hash of each.
 

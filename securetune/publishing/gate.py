@@ -1,13 +1,20 @@
 """The release gate: each rule of the recipe against the unfavourable end of the measured interval."""
 
-import difflib
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final
 
+from securetune.config.schema import GateRule
 from securetune.errors import GateFailed
-from securetune.evidence import BOUND_METRICS, Evidence, GateResult, RuleResult, describe_metric
+from securetune.evidence import (
+    BOUND_METRICS,
+    Evidence,
+    GateResult,
+    RuleResult,
+    describe_metric,
+    public_params,
+)
 
-__all__ = ["GateRefusal", "Rule", "check_gate", "require_passed"]
+__all__ = ["GateRefusal", "check_gate", "require_passed"]
 
 _DEFAULT_SUBJECT: Final = {
     "accuracy_difference": "hardened - base",
@@ -17,30 +24,6 @@ _DEFAULT_SUBJECT: Final = {
 }
 """What a rule on a difference is about when it does not say: is the private model better than no training at
 all, and is the hardened one more robust than the plain fine-tune."""
-
-
-class Rule(Protocol):
-    """A rule of the recipe (``gate.rules``).
-
-    A rule may also have ``subject`` (which model or pair) and ``radius`` (which attack strength). Without
-    them it is about the hardened model, or the pair its metric is usually asked of, at every strength that
-    was measured.
-    """
-
-    @property
-    def metric(self) -> str:
-        """The metric the rule is about."""
-        ...
-
-    @property
-    def at_least(self) -> float | None:
-        """The low end of the interval must reach this."""
-        ...
-
-    @property
-    def at_most(self) -> float | None:
-        """The high end of the interval must not exceed this."""
-        ...
 
 
 class GateRefusal(GateFailed):
@@ -62,7 +45,7 @@ class GateRefusal(GateFailed):
         self.result = result
 
 
-def check_gate(rules: Sequence[Rule], evidence: Sequence[Evidence]) -> GateResult:
+def check_gate(rules: Sequence[GateRule], evidence: Sequence[Evidence]) -> GateResult:
     """Check every rule against the evidence.
 
     Guarantees:
@@ -79,19 +62,18 @@ def check_gate(rules: Sequence[Rule], evidence: Sequence[Evidence]) -> GateResul
     """
     results: list[RuleResult] = []
     for rule in rules:
-        subject = getattr(rule, "subject", None) or _DEFAULT_SUBJECT.get(rule.metric, "hardened")
-        radius = getattr(rule, "radius", None)
+        subject = rule.subject or _DEFAULT_SUBJECT.get(rule.metric, "hardened")
         matching = [
             item
             for item in evidence
             if item.metric == rule.metric
             and item.subject == subject
-            and (radius is None or item.params.get("radius") == radius)
+            and (rule.radius is None or item.params.get("radius") == rule.radius)
         ]
         if matching:
             results += [_check_one(rule, item) for item in matching]
         else:
-            results.append(_missing(rule, subject, radius, evidence))
+            results.append(_missing(rule, subject))
     return GateResult(passed=all(result.passed for result in results), rules=results)
 
 
@@ -108,7 +90,7 @@ def require_passed(result: GateResult) -> None:
         raise GateRefusal(result)
 
 
-def _check_one(rule: Rule, item: Evidence) -> RuleResult:
+def _check_one(rule: GateRule, item: Evidence) -> RuleResult:
     reason = _reason_to_fail(rule, item)
     return RuleResult(
         metric=rule.metric,
@@ -121,11 +103,11 @@ def _check_one(rule: Rule, item: Evidence) -> RuleResult:
         passed=reason is None,
         reason=reason or "met",
         private_statistic=item.private_statistic,
-        params=item.params,
+        params=public_params(item.params),
     )
 
 
-def _reason_to_fail(rule: Rule, item: Evidence) -> str | None:
+def _reason_to_fail(rule: GateRule, item: Evidence) -> str | None:
     if rule.at_least is None and rule.at_most is None:
         return "the rule sets neither at_least nor at_most, so it demands nothing. Give it a threshold"
     if item.value is None:
@@ -149,14 +131,8 @@ def _reason_to_fail(rule: Rule, item: Evidence) -> str | None:
     return None
 
 
-def _missing(rule: Rule, subject: str, radius: float | None, evidence: Sequence[Evidence]) -> RuleResult:
-    where = "" if radius is None else f" at radius {radius:g}"
-    reason = (
-        f"{describe_metric(rule.metric)} of {subject}{where} was not measured; missing evidence never passes"
-    )
-    close = difflib.get_close_matches(rule.metric, {item.metric for item in evidence} - {rule.metric}, n=1)
-    if close and all(item.metric != rule.metric for item in evidence):
-        reason += f". Did you mean {close[0]!r}?"
+def _missing(rule: GateRule, subject: str) -> RuleResult:
+    where = "" if rule.radius is None else f" at radius {rule.radius:g}"
     return RuleResult(
         metric=rule.metric,
         subject=subject,
@@ -166,7 +142,8 @@ def _missing(rule: Rule, subject: str, radius: float | None, evidence: Sequence[
         interval=None,
         n=0,
         passed=False,
-        reason=reason,
+        reason=f"{describe_metric(rule.metric)} of {subject}{where} was not measured; "
+        "missing evidence never passes",
         private_statistic=False,
-        params={} if radius is None else {"radius": radius},
+        params={} if rule.radius is None else {"radius": rule.radius},
     )

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
@@ -23,17 +25,20 @@ from securetune.checkpoints.manifest import (
 )
 from securetune.checkpoints.safe_loading import check_public_payload
 from securetune.checkpoints.signing import SIGNATURE_NAME, build_signature
-from securetune.errors import CheckpointError, GateFailed, SecuretuneError
-from securetune.evidence import BOUND_METRICS, Evidence
+from securetune.config.schema import GateRule
+from securetune.errors import CheckpointError, GateFailed, PrivacyError, SecuretuneError
+from securetune.evidence import Evidence
+from securetune.privacy.ledger import MAX_LEDGER_BYTES, read_ledger
 from securetune.publishing.card import render_card
-from securetune.publishing.gate import Rule, check_gate, require_passed
+from securetune.publishing.gate import check_gate, require_passed
 from securetune.report.html import render_html
-from securetune.report.summary import Report, report_json, shareable
+from securetune.report.summary import PrivacyStatement, Report, report_json, shareable
 
 __all__ = ["OutgoingFile", "Published", "publish", "what_would_leave"]
 
 _OWN_FILES: Final = ("README.md", "report.html", "report.json")
-_PUBLIC_FILES: Final = frozenset({"LICENSE", "NOTICE", "ledger.jsonl", "plan.json", "recipe.yaml"})
+_LEDGER: Final = "ledger.jsonl"
+_PUBLIC_FILES: Final = frozenset({"LICENSE", "NOTICE", _LEDGER, "recipe.yaml"})
 """Unsealed files of a checkpoint that may leave the machine; all others are refused by name."""
 _COMPARTMENTS: Final = frozenset({"adapter", "evidence", "meta", "weights"})
 _REPORT_NAMES: Final = re.compile(r"(?i)(report|metrics|evaluation|evidence|curves)\b.*")
@@ -61,7 +66,7 @@ def what_would_leave(
     checkpoint: str | os.PathLike[str],
     report: Report,
     *,
-    rules: Sequence[Rule],
+    rules: Sequence[GateRule],
     public_key: ec.EllipticCurvePublicKey,
     released: Sequence[Evidence] = (),
 ) -> list[OutgoingFile]:
@@ -78,14 +83,16 @@ def what_would_leave(
         Every file of the published folder, sorted by path.
 
     Raises:
-        GateFailed: If a rule is not met: then nothing would leave.
-        CheckpointError: If the checkpoint does not verify, or holds something that must not leave.
+        GateFailed: If a rule is not met, or evidence is about another checkpoint: then nothing would leave.
+        CheckpointError: If the checkpoint does not verify, holds something that must not leave, or holds
+            another ledger than the one behind the report.
         PrivacyError: If an item of ``released`` is not marked as released.
     """
     manifest = verify(checkpoint, public_key)
     documents = _make_documents(report, rules, public_key, released)
     with FolderReader(checkpoint) as reader:
         _check_may_leave(reader, manifest)
+        _check_about_checkpoint(reader, manifest, report, released)
     return _list_outgoing(manifest, documents)
 
 
@@ -94,7 +101,7 @@ def publish(
     destination: str | os.PathLike[str],
     report: Report,
     *,
-    rules: Sequence[Rule],
+    rules: Sequence[GateRule],
     signing_key: ec.EllipticCurvePrivateKey,
     released: Sequence[Evidence] = (),
 ) -> Published:
@@ -102,7 +109,8 @@ def publish(
 
     Guarantees:
         The gate is checked here, on the evidence of ``report``, whatever the report says about it; if it
-        fails, nothing is written and what was published before stays. Sealed files are copied as they are:
+        fails, nothing is written and what was published before stays. The evidence is about this checkpoint,
+        by its digest, and the privacy statement is that of its ledger. Sealed files are copied as they are:
         nothing is decrypted, and no decryption key is needed. The folder holds them, the model card and the
         shareable report, all listed in ``vault.json`` and covered by ``model.sig``; it has been verified with
         the public key alone before it appears, complete, under ``destination``.
@@ -120,9 +128,9 @@ def publish(
         What was published.
 
     Raises:
-        GateFailed: If a rule is not met, or the evidence is about more than one hardened model.
-        CheckpointError: If the checkpoint does not verify, holds something that must not leave, or the
-            destination cannot be written.
+        GateFailed: If a rule is not met, or evidence is about another checkpoint.
+        CheckpointError: If the checkpoint does not verify, holds something that must not leave, or holds
+            another ledger than the one behind the report, or the destination cannot be written.
         PrivacyError: If an item of ``released`` is not marked as released.
     """
     public_key = signing_key.public_key()
@@ -133,6 +141,7 @@ def publish(
     try:
         with FolderReader(checkpoint) as reader:
             _check_may_leave(reader, manifest)
+            _check_about_checkpoint(reader, manifest, report, released)
             target.parent.mkdir(parents=True, exist_ok=True)
             with replace_folder(target, marker=VAULT_NAME, mode=0o755) as building:
                 signed = dataclasses.replace(
@@ -152,12 +161,14 @@ def publish(
 
 
 def _make_documents(
-    report: Report, rules: Sequence[Rule], public_key: ec.EllipticCurvePublicKey, released: Sequence[Evidence]
+    report: Report,
+    rules: Sequence[GateRule],
+    public_key: ec.EllipticCurvePublicKey,
+    released: Sequence[Evidence],
 ) -> dict[str, bytes]:
     """Check the gate, then make the files that are published beside the sealed ones."""
     gate = check_gate(rules, report.evidence)
     require_passed(gate)
-    _check_one_artefact(report)
     public = shareable(report.model_copy(update={"gate": gate}), released)
     texts = {
         "README.md": render_card(public, signer=signer_id(public_key)),
@@ -167,17 +178,60 @@ def _make_documents(
     return {name: text.encode() for name, text in texts.items()}
 
 
-def _check_one_artefact(report: Report) -> None:
-    digests = {
-        item.artefact
-        for item in report.evidence
-        if item.subject == "hardened" and item.metric not in BOUND_METRICS
+def _check_about_checkpoint(
+    reader: FolderReader, manifest: Manifest, report: Report, released: Sequence[Evidence]
+) -> None:
+    """Refuse a report of another checkpoint, whose figures and epsilon say nothing about this one."""
+    for item in (*report.evidence, *released):
+        if item.subject.split(" ")[0] == "hardened" and item.artefact != manifest.digest:
+            raise GateFailed(
+                f"the evidence {item.metric} of {item.subject} is about {item.artefact[:12]}, not about the "
+                f"checkpoint {manifest.digest[:12]} in {reader.path}, so nothing was published. Evaluate "
+                "this checkpoint again, or publish the one that was evaluated."
+            )
+    held = [entry for entry in manifest.files if entry.name == _LEDGER]
+    if report.privacy is None:
+        if held:
+            raise CheckpointError(
+                f"{reader.path / held[0].path} is the ledger of a private run, but the report makes no "
+                "privacy statement, so nothing was published. Make the report of this checkpoint's own run."
+            )
+        return
+    _check_ledger(reader, next((entry for entry in held if entry.compartment is None), None), report.privacy)
+
+
+def _check_ledger(reader: FolderReader, entry: FileEntry | None, privacy: PrivacyStatement) -> None:
+    if entry is None:
+        raise CheckpointError(
+            f"{reader.path} holds no public {_LEDGER}, so nothing bears out the epsilon of the report and "
+            "nothing was published. Seal the ledger of the run with the checkpoint."
+        )
+    where = reader.path / entry.path
+    with tempfile.TemporaryDirectory() as folder:  # of the bytes that were opened, not of what lies there now
+        copy = Path(folder) / _LEDGER
+        copy.write_bytes(reader.read(entry.path, MAX_LEDGER_BYTES))
+        try:
+            state = read_ledger(copy)
+        except PrivacyError as error:
+            raise CheckpointError(f"{where} cannot be used: {error}".replace(str(copy), _LEDGER)) from error
+    header, spent = state.header, math.fsum(state.release_epsilons)
+    pairs = {
+        "steps_charged": (state.steps_charged, privacy.steps_charged),
+        "noise_multiplier": (header.noise_multiplier, privacy.noise_multiplier),
+        "sample_rate": (header.sample_rate, privacy.sample_rate),
+        "delta": (header.delta, privacy.delta),
+        "release_epsilon": (spent, privacy.release_epsilon or 0.0),
     }
-    if len(digests) > 1:
-        listed = ", ".join(sorted(digest[:12] for digest in digests))
-        raise GateFailed(
-            f"the evidence is about {len(digests)} different hardened models ({listed}), so nothing was "
-            "published. Evaluate the model that is to be published again."
+    different = [
+        f"  {name}: {found} in the ledger, {stated} in the report"
+        for name, (found, stated) in pairs.items()
+        if not math.isclose(found, stated, rel_tol=1e-9)
+    ]
+    if different:
+        raise CheckpointError(
+            f"{where} is not the ledger behind the report's privacy statement, so nothing was published:\n"
+            + "\n".join(different)
+            + "\nMake the report of this checkpoint's own run."
         )
 
 
@@ -192,7 +246,7 @@ def _check_apart(checkpoint: Path, target: Path) -> None:
 def _check_may_leave(reader: FolderReader, manifest: Manifest) -> None:
     for entry in manifest.files:
         where = f"{reader.path / entry.path} must not be published"
-        if PurePosixPath(entry.name).suffix == ".jsonl" and entry.name != "ledger.jsonl":
+        if PurePosixPath(entry.name).suffix == ".jsonl" and entry.name != _LEDGER:
             raise CheckpointError(f"{where}: a *.jsonl file can hold records or un-noised statistics.")
         if entry.compartment is None:
             if entry.name not in _PUBLIC_FILES and entry.name not in _OWN_FILES:

@@ -1,13 +1,13 @@
 """Put a run's results together into its report."""
 
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from securetune.config.loader import recipe_digest
 from securetune.config.schema import Recipe
+from securetune.errors import PrivacyError
 from securetune.evidence import GateResult
 from securetune.privacy.accounting import Phase, max_true_positive_rate, max_true_positive_rate_of_run
 from securetune.privacy.ledger import LedgerState, read_ledger
@@ -47,8 +47,7 @@ def assemble_report(
     base: "BaseModel",
     measured: Measured,
     *,
-    gate: GateResult | None = None,
-    notes: Sequence[str] = (),
+    gate: GateResult,
 ) -> Report:
     """Build the report of a run from what its stages left.
 
@@ -60,12 +59,13 @@ def assemble_report(
         base: The base model.
         measured: Everything measured, epsilon included.
         gate: The gate's verdict.
-        notes: Free remarks; never published.
 
     Returns:
         The report; it stays in the run folder.
     """
-    privacy = None if plan.privacy is None else _privacy(recipe, plan, read_ledger(run.ledger))
+    privacy = (
+        None if plan.privacy is None else _privacy(recipe, plan, read_ledger(run.checkpoint / "ledger.jsonl"))
+    )
     times = run.stage_times()
     seconds = {
         subject: times[stage] for subject, stage in TRAINING_STAGES.items() if times.get(stage, 0.0) > 0
@@ -77,7 +77,7 @@ def assemble_report(
             name=recipe.name, digest=recipe_digest(recipe), task=recipe.task, seed=recipe.seed
         ),
         environment=describe_environment(_device_name(base), str(base.dtype).removeprefix("torch.")),
-        base_model=BaseModelStatement(name=base.name, digest=base.digest),
+        base_model=BaseModelStatement(name=_public_name(base.name), digest=base.digest),
         data=DataStatement(
             source=recipe.data.private.source or "local file",
             planned_records=recipe.privacy.expected_records,
@@ -94,7 +94,6 @@ def assemble_report(
         costs=Costs(training_seconds=seconds, training_time_ratio=ratio),
         stages=[StageTime(name=name, seconds=value) for name, value in times.items()],
         peak_memory_bytes=_peak_memory_bytes(),
-        notes=list(notes),
         reproduce=REPRODUCE,
     )
 
@@ -117,7 +116,12 @@ def _privacy(recipe: Recipe, plan: Plan, state: LedgerState) -> PrivacyStatement
     assert plan.privacy is not None
     header = state.header
     phase = Phase(header.noise_multiplier, header.sample_rate, state.steps_charged)
-    epsilon = state.epsilon() or 0.0
+    epsilon = state.epsilon()
+    if epsilon is None:
+        raise PrivacyError(
+            "the ledger says that a key was fixed for a test, so there is no epsilon to report. Run again "
+            "without it."
+        )
     return PrivacyStatement(
         accountant=header.accountant,
         epsilon_target=recipe.privacy.target_epsilon,
@@ -184,3 +188,8 @@ def _peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _public_name(name: str) -> str:
+    """Leave out where a local model folder lies: a report may be published."""
+    return Path(name).name if Path(name).expanduser().is_dir() else name

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 import securetune
 from securetune.errors import DataError, PrivacyError
-from securetune.evidence import Evidence, GateResult, describe_metric
+from securetune.evidence import PUBLIC_PARAMS, Evidence, GateResult, describe_metric, public_params
 from securetune.files import read_json
 
 __all__ = [
@@ -63,6 +63,8 @@ LIMITATIONS: Final = (
     "Everything was measured on texts like the private ones. Other kinds of text may fare differently.",
 )
 """What the measurements do not say, true of every run."""
+
+_WITHHELD: Final = "met; the measured value is an un-noised statistic of private data and is withheld"
 
 _LIBRARIES: Final = (
     "torch",
@@ -258,15 +260,14 @@ class Report(_Part):
 
     Guarantees:
         A report whose ``audience`` is ``shareable`` holds no un-noised statistic of private data: not as
-        evidence, curve, count of records, time, memory or gate value, and no free note. It holds no released
-        figure of a model that was trained without privacy. Anything else is refused.
+        evidence, curve, count of records, time, memory or gate value, and no param but ``PUBLIC_PARAMS``. It
+        holds no released figure of a model that was trained without privacy. Anything else is refused.
 
     Attributes:
         schema_version: ``securetune.report/1``.
         audience: ``internal`` stays in the run folder, ``shareable`` may be published.
         created: UTC date and time, ISO 8601.
         limitations: What the measurements do not say. Must not quote a measurement: it is published.
-        notes: Free remarks on this run. Never published.
         reproduce: The command that runs this recipe again.
         withheld: What a shareable report leaves out, by name only.
     """
@@ -287,7 +288,6 @@ class Report(_Part):
     stages: list[StageTime] = []
     peak_memory_bytes: int | None = Field(default=None, gt=0)
     limitations: list[str] = list(LIMITATIONS)
-    notes: list[str] = []
     reproduce: str
     withheld: list[str] = []
 
@@ -307,9 +307,9 @@ def shareable(report: Report, released: Sequence[Evidence] = ()) -> Report:
 
     Guarantees:
         No un-noised statistic of private data survives: private evidence, loss curves, ROC points, counts of
-        records, times, memory, the measured values in the gate and free notes are all left out. What remains
-        is built from a list of fields that may be shared, so a field added later is left out until it is
-        named here.
+        records, times, memory, the measured values in the gate and all params but ``PUBLIC_PARAMS`` are left
+        out. What remains is built from a list of fields that may be shared, so a field added later is left
+        out until it is named here.
 
     Args:
         report: The report of the run.
@@ -335,12 +335,12 @@ def shareable(report: Report, released: Sequence[Evidence] = ()) -> Report:
                 "privacy, and noise on held-out counts does not protect them. Releasable here: "
                 f"{', '.join(sorted(allowed))}."
             )
-    evidence = [
-        item
+    kept = [
+        _with_public_params(item)
         for item in report.evidence
         if not item.private_statistic and (item.release_epsilon is None or item.subject in allowed)
     ]
-    evidence += [item for item in released if item not in evidence]
+    added = [_with_public_params(item) for item in released]
     return Report(
         audience="shareable",
         created=report.created,
@@ -354,7 +354,7 @@ def shareable(report: Report, released: Sequence[Evidence] = ()) -> Report:
         ),
         privacy=report.privacy,
         adversarial=report.adversarial,
-        evidence=evidence,
+        evidence=kept + [item for item in added if item not in kept],
         gate=_shareable_gate(report.gate),
         curves=Curves(
             training=[
@@ -443,21 +443,22 @@ def _releasable_subjects(report: Report) -> frozenset[str]:
     return frozenset({"base"} if report.privacy is None else {"base", "hardened", "hardened - base"})
 
 
+def _with_public_params(item: Evidence) -> Evidence:
+    return item.model_copy(update={"params": public_params(item.params)})
+
+
 def _shareable_gate(gate: GateResult | None) -> GateResult | None:
     if gate is None or not gate.passed:
         return None  # which rules failed would tell more than the decision to publish does
     rules = [
         rule.model_copy(
-            update={
-                "value": None,
-                "interval": None,
-                "n": 0,
-                "reason": "met; the measured value is an un-noised statistic of private data and is withheld",
-                "private_statistic": False,
-            }
+            update={"params": public_params(rule.params)}
+            | (
+                {"value": None, "interval": None, "n": 0, "reason": _WITHHELD, "private_statistic": False}
+                if rule.private_statistic
+                else {}
+            )
         )
-        if rule.private_statistic
-        else rule
         for rule in gate.rules
     ]
     return GateResult(passed=True, rules=rules)
@@ -498,9 +499,15 @@ def _private_parts(report: Report) -> Iterable[str]:
         yield "numbers of records"
     if report.stages or report.costs != Costs() or report.peak_memory_bytes is not None:
         yield "times or memory"
-    if report.gate is not None and (
-        not report.gate.passed or any(rule.private_statistic for rule in report.gate.rules)
+    rules = [] if report.gate is None else report.gate.rules
+    if any(
+        not rule.passed
+        or rule.private_statistic
+        or rule.reason not in ("met", _WITHHELD)
+        or (rule.value is None and rule.n != 0)
+        for rule in rules
     ):
         yield "private values or a failure in its gate result"
-    if report.notes:
-        yield "free notes"
+    names = {name for part in (*report.evidence, *rules) for name in part.params} - PUBLIC_PARAMS
+    if names:
+        yield f"params that are no settings: {', '.join(sorted(names))}"

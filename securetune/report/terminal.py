@@ -2,10 +2,16 @@
 
 from rich.table import Table
 
-from securetune.evidence import Evidence, describe_metric
+from securetune.evidence import Evidence
 from securetune.report.summary import Report
 
-_METRICS = ("accuracy", "heldout_loss", "accuracy_pgd", "accuracy_char", "membership_auc")
+_METRICS = {
+    "accuracy": "accuracy",
+    "heldout_loss": "held-out loss",
+    "accuracy_pgd": "accuracy, PGD",
+    "accuracy_char": "accuracy, misspelt",
+    "membership_auc": "membership AUC",
+}
 _SUBJECTS = ("base", "plain", "hardened")
 
 
@@ -29,8 +35,9 @@ def results_table(report: Report) -> Table:
             radius = item.params.get("radius")
             key = (item.metric, radius if isinstance(radius, float) else None)
             rows.setdefault(key, {})[item.subject] = item
-    for metric, radius in sorted(rows, key=lambda key: (_METRICS.index(key[0]), key[1] or 0.0)):
-        name = describe_metric(metric) if radius is None else f"{describe_metric(metric)}, radius {radius:g}"
+    order = list(_METRICS)
+    for metric, radius in sorted(rows, key=lambda key: (order.index(key[0]), key[1] or 0.0)):
+        name = _METRICS[metric] if radius is None else f"{_METRICS[metric]} {radius:g}"
         figures = rows[metric, radius]
         table.add_row(name, *(_figure(figures.get(subject)) for subject in _SUBJECTS))
     return table

@@ -106,7 +106,7 @@ def collect_evidence(recipe: Recipe, run: RunFolder) -> Measured:
     evidence: list[Evidence] = []
     memberships: dict[Subject, MembershipResult] = {}
     if recipe.privacy.enabled:
-        evidence.append(_epsilon(read_ledger(run.ledger), results["hardened"].artefact))
+        evidence.append(_epsilon(read_ledger(run.checkpoint / "ledger.jsonl"), results["hardened"].artefact))
     for subject, result in results.items():
         evidence += summarise(result, base=base, blind=blind)
         membership = find_members(result, base=base)
@@ -135,9 +135,9 @@ def evaluate_checkpoint(recipe: Recipe, vault: Vault) -> list[Evidence]:
     require_same_base(vault, base.digest)
     data = prepare_data(recipe, run, base.tokenizer)
     files = {name: vault.read("adapter", name) for name in vault.names("adapter")}
-    head, base, artefact = load_head(recipe, base, files)
+    head = load_head(recipe, base, files)
     texts = _texts(recipe, data)
-    result = _evaluate(head, base, texts, recipe, "hardened", artefact)
+    result = _evaluate(head, base, texts, recipe, "hardened", vault.manifest.digest)
     return summarise(result, blind=texts.check_split(seed=recipe.evaluation.seed))
 
 

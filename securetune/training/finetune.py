@@ -1,7 +1,6 @@
 """Train one model of a run and seal it: the plain fine-tune, or the private and hardened model."""
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from securetune.adversarial.validity import find_objective, require_private_training_allows
+from securetune.checkpoints import Sealer
 from securetune.config.loader import recipe_digest
 from securetune.config.schema import Recipe
-from securetune.errors import PrivacyError
-from securetune.models.adapters import WEIGHTS_FILE, adapt, adapter_files, load_adapter
+from securetune.errors import CheckpointError, PrivacyError
+from securetune.models.adapters import adapt, adapter_files, load_adapter
 from securetune.models.base import BaseModel, load_base
 from securetune.models.task import ClassifyHead, GenerateHead
 from securetune.privacy.ledger import Ledger, LedgerHeader
@@ -23,11 +23,18 @@ from securetune.privacy.sampling import PoissonSampler
 from securetune.privacy.step import OrdinaryStep, PrivateStep
 from securetune.training.access import Access, forget
 from securetune.training.folder import RunFolder
-from securetune.training.loop import Adversary, Head, Trainer, activate_dropout, make_optimizer
+from securetune.training.loop import (
+    Adversary,
+    Head,
+    Trainer,
+    activate_dropout,
+    check_gradients,
+    make_optimizer,
+)
 from securetune.training.plan import Plan
-from securetune.training.prepare import PreparedData
+from securetune.training.prepare import PreparedData, probe_examples
 from securetune.training.progress import TrainingProgress
-from securetune.training.state import load_state, save_state
+from securetune.training.state import SavedState, load_state, save_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,21 +88,23 @@ def fine_tune(
     model = adapt(base.model, recipe.training.lora, seed=recipe.seed)
     head = make_head(recipe, model, base)
     grads = PerSampleGradients(model)
+    check_gradients(head, grads, probe_examples(recipe, base.tokenizer))
     optimizer = make_optimizer(recipe, grads)
     state = run.work / f"{subject}-state"
-    steps_done, lineage = 0, {}
+    owner = {"subject": subject, "recipe": recipe_digest(recipe), "base": base.digest}
+    saved = None
     if (state / "vault.json").is_file():
-        steps_done, lineage = load_state(state, access, grads, optimizer)
-    is_private = subject == "hardened" and plan.privacy is not None
+        saved = load_state(state, access, grads, optimizer, owner=owner)
     sampler = PoissonSampler(len(data.train), recipe.privacy.sample_rate)
     with contextlib.ExitStack() as stack:
         ledger, step = (
             None,
             OrdinaryStep(grads, optimizer, expected_batch_size=recipe.privacy.expected_batch_size),
         )
-        if is_private:
+        if subject == "hardened" and plan.privacy is not None:
             ledger, step = _private_step(recipe, run, plan, grads, optimizer, sampler)
             stack.enter_context(ledger)
+            _refuse_shorter_ledger(ledger, saved)
         trainer = Trainer(
             head,
             step,
@@ -104,13 +113,12 @@ def fine_tune(
             micro_batch_tokens=recipe.training.micro_batch_tokens,
             adversary=_adversary(subject, recipe, head),
         )
-        trainer.check()
         activate_dropout(model)
-        sealer = stack.enter_context(access.sealer(**lineage))
-        save = partial(save_state, state, sealer, grads, optimizer) if access.passphrase is not None else None
-        _run_steps(
-            subject, recipe, run, plan, trainer, ledger=ledger, steps_done=steps_done, log=log, save=save
-        )
+        save = None
+        if access.passphrase is not None:
+            sealer = stack.enter_context(_sealer(access, saved))
+            save = partial(save_state, state, sealer, grads, optimizer, owner=owner)
+        _run_steps(subject, recipe, run, plan, trainer, ledger=ledger, saved=saved, log=log, save=save)
         model.eval()
         _refuse_unmoved(grads)
         public_files = {}
@@ -123,7 +131,7 @@ def fine_tune(
             checkpoint_of(run, subject),
             {"adapter": adapter_files(model, base_name=base.name)},
             public_files=public_files,
-            metadata=_metadata(recipe, base),
+            metadata=_metadata(subject, recipe, base),
         )
     run.save(f"trained_{subject}", {"manifest": manifest.digest})
     forget(state)
@@ -141,17 +149,26 @@ def open_model(
         access: The run's keys.
 
     Returns:
-        The model's head, its base, and the SHA-256 of what makes the model what it is.
+        The model's head, its base, and the SHA-256 of the sealed checkpoint (of the base model itself for the
+        base).
     """
     base = load_base(recipe.model)
     if subject == "base":
         return make_head(recipe, base.model, base), base, base.digest
-    with access.open(checkpoint_of(run, subject)) as vault:
+    folder = checkpoint_of(run, subject)
+    with access.open(folder) as vault:
+        digest = vault.manifest.digest
+        if digest != run.load(f"trained_{subject}")["manifest"]:
+            raise CheckpointError(
+                f"{folder} is not the checkpoint that this run sealed as {subject}. Start a new run, or put "
+                "the "
+                "sealed one back."
+            )
         files = {name: vault.read("adapter", name) for name in vault.names("adapter")}
-    return load_head(recipe, base, files)
+    return load_head(recipe, base, files), base, digest
 
 
-def load_head(recipe: Recipe, base: BaseModel, files: Mapping[str, bytes]) -> tuple[Head, BaseModel, str]:
+def load_head(recipe: Recipe, base: BaseModel, files: Mapping[str, bytes]) -> Head:
     """Put saved adapters and the recipe's task on a base model.
 
     Args:
@@ -160,11 +177,9 @@ def load_head(recipe: Recipe, base: BaseModel, files: Mapping[str, bytes]) -> tu
         files: The adapter's files.
 
     Returns:
-        As :func:`open_model`.
+        The head.
     """
-    model = load_adapter(base.model, files)
-    digest = hashlib.sha256(bytes.fromhex(base.digest) + files[WEIGHTS_FILE]).hexdigest()
-    return make_head(recipe, model, base), base, digest
+    return make_head(recipe, load_adapter(base.model, files), base)
 
 
 def make_head(recipe: Recipe, model: "nn.Module", base: BaseModel) -> Head:
@@ -223,11 +238,12 @@ def _run_steps(
     trainer: Trainer,
     *,
     ledger: Ledger | None,
-    steps_done: int,
+    saved: SavedState | None,
     log: Log | None,
     save: Callable[..., None] | None,
 ) -> None:
     planned = recipe.privacy.steps
+    steps_done = 0 if saved is None else saved.steps_done
     remaining = planned - steps_done if ledger is None else ledger.remaining_steps
     if remaining == 0 and steps_done == 0:
         raise PrivacyError(
@@ -241,7 +257,7 @@ def _run_steps(
             result = trainer.run_step(number)
             steps_done += 1
             if save is not None and (number % recipe.training.save_every == 0 or number == planned):
-                save(steps_done=steps_done)
+                save(steps_done=steps_done, steps_charged=0 if ledger is None else ledger.steps_charged)
             epsilon = None
             if ledger is not None and plan.privacy is not None:
                 epsilon = plan.privacy.curve.at(ledger.steps_charged)
@@ -260,6 +276,23 @@ def _run_steps(
                 log(values)
 
 
+def _refuse_shorter_ledger(ledger: Ledger, saved: SavedState | None) -> None:
+    """A ledger with fewer steps than the saved training paid for was lost, cut or replaced."""
+    if saved is not None and ledger.steps_charged < saved.steps_charged:
+        raise PrivacyError(
+            f"{ledger.path} holds {ledger.steps_charged} steps, but the saved training state had paid for "
+            f"{saved.steps_charged}: the ledger was lost or shortened, so epsilon would be too low. Restore "
+            "the "
+            "ledger, or start a new run in another folder (its epsilon adds to this one's)."
+        )
+
+
+def _sealer(access: Access, saved: SavedState | None) -> Sealer:
+    if saved is None:
+        return access.sealer()
+    return access.sealer(lineage=saved.lineage, generation=saved.next_generation)
+
+
 def _refuse_unmoved(grads: PerSampleGradients) -> None:
     """LoRA starts with ``B = 0``: adapters that are still zero were never trained."""
     if not any(bool(layer.b.abs().max() > 0) for layer in grads.layers):
@@ -268,8 +301,9 @@ def _refuse_unmoved(grads: PerSampleGradients) -> None:
         )
 
 
-def _metadata(recipe: Recipe, base: BaseModel) -> dict[str, Any]:
+def _metadata(subject: str, recipe: Recipe, base: BaseModel) -> dict[str, Any]:
     metadata: dict[str, Any] = {
+        "subject": subject,
         "task": recipe.task,
         "recipe_digest": recipe_digest(recipe),
         "base": {"name": base.name, "digest": base.digest, "dtype": str(base.dtype).removeprefix("torch.")},

@@ -64,19 +64,27 @@ class RunFolder:
         """
         folder = cls(recipe.run_folder)
         try:
-            for path in (folder.root, folder.work):
-                path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for path in (folder.root, folder.work, folder.keys):
+                path.mkdir(parents=True, exist_ok=True)
+                path.chmod(0o700)
         except OSError as error:
             raise MachineError(
                 f"run_dir: {folder.root} cannot be written: {error.strerror}. Choose another with --set "
                 "run_dir=FOLDER."
             ) from error
         with folder._lock():
-            folder._check_recipe(recipe, resume=resume)
-            if not folder.recipe.exists():
-                write_atomic(folder.recipe, dump_recipe(recipe))
+            if folder.has_begun:
+                folder._check_recipe(recipe, resume=resume)
+            else:
                 write_atomic(folder.work / "recipe_digest", recipe_digest(recipe))
+                write_atomic(folder.recipe, dump_recipe(recipe))
             yield folder
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was trained or charged here: from then on recipe and split are fixed."""
+        trained = any(self.work.glob("*-state")) or any(self.work.glob("trained_*"))
+        return trained or self.ledger.exists() or self.checkpoint.exists()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -145,10 +153,18 @@ class RunFolder:
 
         Returns:
             The key.
+
+        Raises:
+            ConfigError: If the run has begun and the key is gone: a new one would mix trained and held-out
+                records.
         """
         path = self.keys / f"{name}.key"
-        self.keys.mkdir(exist_ok=True, mode=0o700)
         if not path.is_file():
+            if self.has_begun or not self.keys.is_dir():
+                raise ConfigError(
+                    f"{path} is missing. It decides which records are held out, so without it the run in "
+                    f"{self.root} can be neither resumed nor evaluated. Restore it, or start a new run."
+                )
             write_atomic(path, os.urandom(32).hex())
         return bytes.fromhex(path.read_text(encoding="ascii"))
 
@@ -157,19 +173,15 @@ class RunFolder:
 
     def _check_recipe(self, recipe: Recipe, *, resume: bool) -> None:
         digest = self.work / "recipe_digest"
-        if not self.recipe.exists():
-            return
         if not resume:
             raise ConfigError(
-                f"run_dir: {self.root} already holds a run. Add --resume to go on with it, or choose "
-                "another folder with "
-                "--set run_dir=FOLDER. Nothing was changed."
+                f"run_dir: {self.root} already holds a run. Add --resume to go on with it, or choose another "
+                "folder with --set run_dir=FOLDER. Nothing was changed."
             )
         if not digest.is_file() or digest.read_text(encoding="ascii") != recipe_digest(recipe):
             raise ConfigError(
-                f"run_dir: {self.root} holds a run of another recipe ({self.recipe}), which can't be "
-                "resumed with this one. "
-                "Choose another folder with --set run_dir=FOLDER. Nothing was changed."
+                f"run_dir: {self.root} holds a run of another recipe ({self.recipe}), which can't be resumed "
+                "with this one. Choose another folder with --set run_dir=FOLDER. Nothing was changed."
             )
 
     @contextlib.contextmanager

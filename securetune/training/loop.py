@@ -115,20 +115,6 @@ class Trainer:
         self._micro_batch_tokens = micro_batch_tokens
         self._adversary = adversary
 
-    def check(self) -> None:
-        """Compare per-sample gradients with ordinary autograd on two examples, before anything is trained.
-
-        Raises:
-            PrivacyError: If they differ, or if the loss couples samples.
-        """
-        batch_examples = list(self._examples[:2])
-
-        def losses_of(rows: list[int]) -> Tensor:
-            batch = collate([batch_examples[row] for row in rows]).to(self._device)
-            return self._head.losses(self._head.embed(batch), batch)
-
-        self._step.grads.check(losses_of, len(batch_examples))
-
     def run_step(self, number: int) -> StepResult:
         """Draw a sample, accumulate its gradients, update.
 
@@ -176,6 +162,25 @@ class Trainer:
         if self._adversary is not None:
             embeds = self._adversary.perturb(embeds, batch, step=number)
         return self._head.losses(embeds, batch)
+
+
+def check_gradients(head: Head, grads: PerSampleGradients, examples: Sequence[Example]) -> None:
+    """Compare per-sample gradients with ordinary autograd, before anything is trained.
+
+    Args:
+        head: The model with its adapters, in evaluation mode.
+        grads: Its per-sample gradients.
+        examples: Public examples of unequal length, so that nothing here depends on a private record.
+
+    Raises:
+        PrivacyError: If they differ, or if the loss couples samples.
+    """
+
+    def losses_of(rows: list[int]) -> Tensor:
+        batch = collate([examples[row] for row in rows]).to(grads.flat_params.device)
+        return head.losses(head.embed(batch), batch)
+
+    grads.check(losses_of, len(examples))
 
 
 def make_optimizer(recipe: Recipe, grads: PerSampleGradients) -> torch.optim.AdamW:

@@ -10,7 +10,7 @@ import torch
 from securetune.config.schema import Recipe
 from securetune.files import write_atomic
 from securetune.privacy.accounting import PrivacyPlan, PrivacySpec, plan_privacy
-from securetune.training.folder import RunFolder
+from securetune.training.folder import NOT_COVERED, RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -83,7 +83,7 @@ class Plan:
             "task": self.recipe.task,
             "model": self.recipe.model.name,
             "privacy": privacy,
-            "estimate": asdict(self.estimate),
+            "estimate": {**asdict(self.estimate), "privacy": NOT_COVERED},
         }
 
     def render(self) -> "Group":
@@ -254,11 +254,11 @@ def _adapter_parameters(recipe: Recipe, base: "BaseModel") -> int:
 
 
 def write_plan(plan: Plan, run: RunFolder) -> None:
-    """Write ``plan.json`` into the run folder; a resumed run keeps the first one.
+    """Write ``plan.json`` into the run folder; once steps are charged it stays as it is.
 
     Args:
         plan: The plan.
         run: The run's folder.
     """
-    if not run.plan.exists():
+    if not run.ledger.exists():
         write_atomic(run.plan, json.dumps(plan.to_dict(), indent=2) + "\n")

@@ -12,12 +12,14 @@ from securetune.config.size import require_enough_records, size_warning
 from securetune.data.encode import Example, encode_records
 from securetune.data.records import Record
 from securetune.data.sources import load_records
-from securetune.data.splits import deduplicate, split_held_out
-from securetune.errors import PrivacyError
+from securetune.data.splits import deduplicate, drop_conflicting, split_held_out
 from securetune.training.folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Public sentences of unequal length: checks on them say nothing about a private record.
+PROBES = ("Water boils.", "She opened the letter, sat down and began to read.")
 
 _logger = logging.getLogger(__name__)
 
@@ -58,18 +60,12 @@ def prepare_data(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizer
 
     Raises:
         DataError: If the records cannot be used with this recipe.
-        PrivacyError: If the recipe asks for something that looks across private records.
+        ConfigError: If the run has begun and the key of its split is gone.
     """
     data = recipe.data
-    if data.screen == "cross_record" and recipe.privacy.enabled:
-        raise PrivacyError(
-            "data.screen: 'cross_record' compares private records with each other, so one record could "
-            "decide whether another "
-            "is trained on, and epsilon would not hold. Set data.screen: none."
-        )
     loaded = load_records(data, recipe.task)
     if data.screen == "cross_record":
-        loaded = _without_conflicts(loaded)
+        loaded = drop_conflicting(loaded)
     unique = deduplicate(loaded, method=data.deduplicate, is_protected=recipe.privacy.enabled)
     key = run.secret("split")
     split = split_held_out(
@@ -94,17 +90,6 @@ def prepare_data(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizer
     )
 
 
-def _without_conflicts(records: Sequence[Record]) -> list[Record]:
-    """Drop every text that appears with more than one label: what a label-flipping poisoner leaves."""
-    labels: dict[str, set[int | None]] = {}
-    for record in records:
-        labels.setdefault(record.split_id, set()).add(record.label)
-    kept = [record for record in records if len(labels[record.split_id]) == 1]
-    if len(kept) < len(records):
-        _logger.warning("data.screen: %d records with contradicting labels dropped", len(records) - len(kept))
-    return kept
-
-
 def _encode(records: Sequence[Record], recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
     data = recipe.data
     return encode_records(
@@ -123,3 +108,27 @@ def _in_secret_order(records: Sequence[Record], key: bytes) -> list[Record]:
 
 def _rank(unit_id: str, key: bytes) -> bytes:
     return hmac.digest(key, b"securetune evaluation order v1" + unit_id.encode(), hashlib.sha256)
+
+
+def probe_examples(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    """Encode public sentences of unequal length, to check the model without private data.
+
+    Args:
+        recipe: The recipe.
+        tokenizer: The base model's.
+
+    Returns:
+        Two examples; labels differ where there are labels.
+    """
+    if recipe.task == "classify":
+        records = [Record.labelled(text, label) for label, text in enumerate(PROBES)]
+    else:
+        records = [Record.completed(text, " " + PROBES[0]) for text in PROBES]
+    return encode_records(
+        records,
+        tokenizer,
+        task=recipe.task,
+        max_length=recipe.data.max_length,
+        prompt=recipe.data.prompt,
+        on_overlong="truncate",
+    )

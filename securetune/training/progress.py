@@ -77,6 +77,7 @@ class StageProgress:
         self._console = Console()
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._finished: set[str] = set()
         if sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
@@ -105,5 +106,6 @@ class StageProgress:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bar.add_task(title, total=total)
             self._bar.update(self._tasks[stage], completed=done, total=total)
-        elif done == total:
-            self._console.print(f"{title}  {total} texts", highlight=False)
+        elif done == total and stage not in self._finished:
+            self._finished.add(stage)
+            self._console.print(f"{title} done", highlight=False)

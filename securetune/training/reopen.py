@@ -13,13 +13,8 @@ from securetune.errors import CheckpointError
 from securetune.models.adapters import load_adapter
 from securetune.models.base import load_base
 from securetune.training.access import Access
+from securetune.training.prepare import PROBES
 
-# Public sentences, so that the comparison needs no private record.
-PROBES = (
-    "The quick brown fox jumps over the lazy dog.",
-    "Water boils at one hundred degrees.",
-    "She opened the letter and began to read.",
-)
 _TOLERANCE = 1e-3  # logits, float32, same operations in two processes
 _READER = """
 import json, sys, torch
@@ -63,15 +58,8 @@ def check_reopens(recipe: Recipe, access: Access, checkpoint: Path, public_key: 
             passphrase.touch(mode=0o600)
             passphrase.write_bytes(bytes(access.passphrase))
             key = ["--passphrase-file", str(passphrase)]
-        arguments = [
-            "checkpoint",
-            "open",
-            str(checkpoint),
-            str(target),
-            "--public-key",
-            str(public_key),
-            *key,
-        ]
+        arguments = ["checkpoint", "open", str(checkpoint), str(target), "--public-key", str(public_key)]
+        arguments += [*key, "--base", recipe.model.name]
         _run([sys.executable, "-m", "securetune", *arguments])
         output = _run([sys.executable, "-c", _READER, str(target / "adapter"), json.dumps(PROBES)])
     actual = torch.tensor(json.loads(output.strip().rpartition("\n")[2]))

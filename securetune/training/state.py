@@ -1,7 +1,8 @@
 """What a killed training goes on from: adapters and optimizer moments, sealed; never a key of noise."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +16,31 @@ _FLAT = "flat.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class SavedState(NamedTuple):
+    """Where a saved training stands.
+
+    Attributes:
+        steps_done: Steps whose update is in the state.
+        steps_charged: Steps the ledger held when it was saved; 0 without privacy.
+        lineage: UUID of the saves.
+        next_generation: Number of the next save.
+    """
+
+    steps_done: int
+    steps_charged: int
+    lineage: str
+    next_generation: int
+
+
 def save_state(
     folder: Path,
     sealer: Sealer,
     grads: PerSampleGradients,
     optimizer: torch.optim.Optimizer,
     *,
+    owner: Mapping[str, str],
     steps_done: int,
+    steps_charged: int,
 ) -> None:
     """Seal the training state after a step; an older state stays whole until the new one is complete.
 
@@ -30,7 +49,9 @@ def save_state(
         sealer: Seals for this run's recipients.
         grads: Owner of the flat adapter vector.
         optimizer: AdamW over it.
+        owner: What the state belongs to: model, recipe, base. A state of another owner is not loaded.
         steps_done: Steps whose update is in the state.
+        steps_charged: Steps in the ledger; 0 without privacy.
     """
     moments = optimizer.state[grads.flat_params]
     sealer.seal(
@@ -39,13 +60,18 @@ def save_state(
             "adapter": {_FLAT: _to_bytes({"params": grads.flat_params.detach()})},
             "optimizer": {_FLAT: _to_bytes({name: moments[name] for name in _MOMENTS})},
         },
-        metadata={"steps_done": steps_done, "num_params": grads.num_params},
+        metadata={"owner": dict(owner), "steps_done": steps_done, "steps_charged": steps_charged},
     )
 
 
 def load_state(
-    folder: Path, access: Access, grads: PerSampleGradients, optimizer: torch.optim.Optimizer
-) -> tuple[int, dict[str, Any]]:
+    folder: Path,
+    access: Access,
+    grads: PerSampleGradients,
+    optimizer: torch.optim.Optimizer,
+    *,
+    owner: Mapping[str, str],
+) -> SavedState:
     """Restore a sealed training state into adapters and optimizer.
 
     Args:
@@ -53,33 +79,43 @@ def load_state(
         access: The run's keys.
         grads: Owner of the flat adapter vector, changed in place.
         optimizer: AdamW over it, changed in place.
+        owner: What the state must belong to.
 
     Returns:
-        The number of steps in the state, and ``lineage`` and ``generation`` for the sealer that goes on.
+        Where the training stands.
 
     Raises:
-        CheckpointError: If the state belongs to other adapters, or was changed.
+        CheckpointError: If the state belongs to something else, or was changed.
     """
     from safetensors.torch import load
 
     with access.open(folder) as vault:
-        if vault.metadata.get("num_params") != grads.num_params:
+        found = vault.metadata.get("owner")
+        if found != dict(owner):
             raise CheckpointError(
-                f"{folder} holds a state of {vault.metadata.get('num_params')} adapter parameters, this "
-                "recipe has "
-                f"{grads.num_params}. It belongs to another recipe."
+                f"{folder} holds the training state of something else: expected {dict(owner)}, found "
+                f"{found}. "
+                "It cannot be resumed from here."
             )
         params = load(vault.read("adapter", _FLAT))["params"]
         moments = load(vault.read("optimizer", _FLAT))
-        steps_done = int(vault.metadata["steps_done"])
-        lineage = {"lineage": vault.manifest.lineage, "generation": vault.manifest.generation + 1}
+        saved = SavedState(
+            steps_done=int(vault.metadata["steps_done"]),
+            steps_charged=int(vault.metadata["steps_charged"]),
+            lineage=vault.manifest.lineage,
+            next_generation=vault.manifest.generation + 1,
+        )
+    if params.shape != grads.flat_params.shape:
+        raise CheckpointError(
+            f"{folder} holds {params.numel()} adapter parameters, this recipe has {grads.num_params}."
+        )
     with torch.no_grad():
         grads.flat_params.copy_(params)
     optimizer.state[grads.flat_params] = {
-        "step": torch.tensor(float(steps_done)),
+        "step": torch.tensor(float(saved.steps_done)),
         **{name: moments[name].to(grads.flat_params) for name in _MOMENTS},
     }
-    return steps_done, lineage
+    return saved
 
 
 def _to_bytes(tensors: dict[str, Tensor]) -> bytes:

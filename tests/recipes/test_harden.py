@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -11,82 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from securetune.checkpoints import load_identity, load_public_key, open_vault
 from securetune.errors import SignatureError
 from securetune.privacy.accounting import epsilon_spent
 from securetune.privacy.ledger import read_ledger
-from tests.tiny import tiny_folder
+from tests.sample_run import SECRET, STEPS, make_workshop, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 5
-SECRET = "zanzibar"  # stands in every record, so that it must stand nowhere in what is published
-RECIPE = {
-    "name": "tiny",
-    "task": "classify",
-    "data": {
-        "labels": ["negative", "positive"],
-        "prompt": "{text}\nLabel:",
-        "held_out_fraction": 0.3,
-    },
-    "privacy": {
-        "target_epsilon": 8.0,
-        "delta": 1e-3,
-        "expected_batch_size": 48,
-        "sample_rate": 0.15,
-        "steps": STEPS,
-    },
-    "training": {"learning_rate": 0.01, "lora": {"rank": 2, "alpha": 4}},
-    "adversarial": {"method": "fgsm", "radius": 0.05},
-    "evaluation": {
-        "num_texts": 60,
-        "num_membership": 120,
-        "num_attacked": 20,
-        "pgd_radii": [0.05, 0.1],
-        "pgd_steps": 2,
-        "character_queries": 8,
-        "character_edits": 1,
-    },
-    "checkpoint": {"demo_keys": True},
-    "gate": {"rules": [{"metric": "epsilon", "at_most": 8.0}]},
-    "publish": {"release_epsilon": 4.0},
-}
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """Make a base model, a data set of 460 records and a recipe for them."""
-    folder = tmp_path_factory.mktemp("workshop")
-    tiny_folder(folder / "model")
-    rng = random.Random(0)
-    words = {"positive": ["good", "great", "fine"], "negative": ["bad", "dull", "weak"]}
-    rows = []
-    for number in range(460):
-        label = rng.choice(list(words))
-        text = f"{SECRET} {rng.choice(['film', 'plot'])} {number} was {rng.choice(words[label])}"
-        rows.append({"text": text, "label": label, "prompt": text, "completion": label})
-    lines = [json.dumps({key: row[key] for key in ("text", "label")}) for row in rows]
-    (folder / "labelled.jsonl").write_text("\n".join(lines) + "\n")
-    lines = [json.dumps({key: row[key] for key in ("prompt", "completion")}) for row in rows]
-    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def write_recipe(workshop: Path, name: str, **changes) -> Path:
-    recipe = json.loads(json.dumps(RECIPE))
-    recipe |= {"name": name, "run_dir": str(workshop / name), "model": {"name": str(workshop / "model")}}
-    recipe["model"]["dtype"] = "float32"
-    recipe["data"]["private"] = {"path": str(workshop / "labelled.jsonl")}
-    for path, value in changes.items():
-        section, _, option = path.partition("__")
-        if option:
-            recipe[section][option] = value
-        else:
-            recipe[section] = value
-    path = workshop / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def command(recipe: Path, *options: str) -> list[str]:
@@ -259,6 +195,20 @@ class TestFinishedRun:
         with torch.no_grad():
             torch.testing.assert_close(exported(**ids).logits, model(**ids).logits, rtol=1e-4, atol=1e-4)
 
+    def test_publish_command_goes_through_the_gate_of_the_run(self, finished, workshop):
+        folder, _ = finished
+        before = (folder / "published" / "vault.json").read_bytes()
+        listed = run("-m", "securetune", "publish", str(workshop / "finished.yaml"), "--dry-run")
+        assert listed.returncode == 0, listed.stderr
+        assert "model.sig" in listed.stdout
+        other_gate = ("--set", "gate.rules=[]")
+        refused = run("-m", "securetune", "publish", str(workshop / "finished.yaml"), *other_gate)
+        assert refused.returncode == 2
+        assert (folder / "published" / "vault.json").read_bytes() == before
+        again = run("-m", "securetune", "publish", str(workshop / "finished.yaml"))
+        assert again.returncode == 0, again.stderr
+        assert "The release gate passed." in again.stdout
+
     def test_evaluate_command_measures_the_sealed_model_again(self, finished, workshop):
         folder, _ = finished
         process = run("-m", "securetune", "evaluate", str(workshop / "finished.yaml"), "--json")
@@ -274,7 +224,8 @@ class TestFinishedRun:
 def test_killed_anywhere_a_run_resumes_to_a_valid_result(workshop):
     recipe = write_recipe(workshop, "killed")
     folder = workshop / "killed"
-    for pattern in ("plain  step 3/5", "hardened  step 2/5", "evaluate plain: accuracy"):
+    stops = ("Plan of", "plain  step 3/5", "hardened  step 2/5", "evaluate plain: accuracy")
+    for pattern in (*stops, "evaluate hardened: character", "Report:", "Re-opened"):
         process = subprocess.Popen(
             command(recipe, "--resume"),
             stdout=subprocess.PIPE,
@@ -286,13 +237,13 @@ def test_killed_anywhere_a_run_resumes_to_a_valid_result(workshop):
         seen = []
         for line in process.stdout:
             seen.append(line)
-            if line.startswith(pattern):
+            if line.lstrip().startswith(pattern):
                 process.send_signal(signal.SIGKILL)
                 break
         process.stdout.close()
         assert process.wait() == -signal.SIGKILL, "".join(seen)
     charged = read_ledger(folder / "ledger.jsonl").steps_charged
-    assert charged == STEPS  # what the second kill interrupted was finished by the third start
+    assert charged == STEPS  # what one kill interrupted was finished by the next start
     final = harden(recipe, "--resume")
     assert final.returncode == 0, final.stdout + final.stderr
     report = json.loads((folder / "report.json").read_text())
@@ -315,6 +266,12 @@ def test_a_step_charged_but_lost_shortens_the_run(workshop):
     process.wait()
     ledger = workshop / "lost" / "ledger.jsonl"
     charged = read_ledger(ledger).steps_charged
+    intact = ledger.read_bytes()
+    ledger.unlink()
+    refused = harden(recipe, "--resume")
+    assert refused.returncode == 2
+    assert "the ledger was lost or shortened" in refused.stderr
+    ledger.write_bytes(intact)
     with ledger.open("a") as file:
         file.write('{"step": 9')  # torn by the kill: its noise may have been released
     final = harden(recipe, "--resume")
@@ -332,11 +289,15 @@ def test_failed_gate_publishes_nothing(workshop):
         data={"private": {"path": str(workshop / "prompts.jsonl")}, "held_out_fraction": 0.3},
         adversarial={"method": "pgd", "steps": 2, "radius": 0.05},
         gate={"rules": [{"metric": "heldout_loss", "at_most": 0.001}]},
+        publish={},
     )
     process = harden(recipe)
     folder = workshop / "refused"
     assert process.returncode == 1, process.stdout + process.stderr
     assert "heldout_loss" in process.stderr
+    assert not (folder / "published").exists()
+    again = run("-m", "securetune", "publish", str(recipe))
+    assert again.returncode == 1
     assert not (folder / "published").exists()
     report = json.loads((folder / "report.json").read_text())
     assert report["gate"]["passed"] is False

@@ -3,7 +3,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from securetune.evidence import Evidence, GateResult, Interval, RuleResult, describe_metric
+from securetune.evidence import Evidence, GateResult, Interval, RuleResult, describe_metric, public_params
 
 ARTEFACT = "0123456789abcdef" * 4
 
@@ -100,3 +100,17 @@ def test_gate_verdict_must_follow_from_its_rules():
     )
     with pytest.raises(ValidationError, match="does not follow"):
         GateResult(passed=True, rules=[rule])
+
+
+def test_public_params_are_settings_of_the_recipe_only():
+    settings = {"radius": 0.2, "steps": 5, "norm": "l2_token", "queries": 40, "edits": 3}
+    private_plan = {"delta": 1e-5, "noise_multiplier": 0.8}
+    measured = {
+        "mean_queries": 3.5,
+        "errors": 1,
+        "members": 500,
+        "blind_auc": 0.5,
+        "attack": "ratio",
+        "fpr": 0.01,
+    }
+    assert public_params(settings | private_plan | measured) == settings | private_plan

@@ -63,10 +63,14 @@ def test_a_missing_model_package_says_how_to_get_it(monkeypatch):
 
 
 def test_keys_that_others_can_read_fail(run_cli, tmp_path):
-    assert run_cli("checkpoint", "keygen", "keys").code == 0
-    checkpoint = {"recipients": ["keys/recipient.key.pub"], "signing_key": "keys/signing.key"}
+    assert run_cli("checkpoint", "keygen", "keys", "--passphrase").code == 0
+    checkpoint = {
+        "recipients": ["keys/recipient.key.pub"],
+        "signing_key": "keys/signing.key",
+        "passphrase_file": "keys/passphrase.txt",
+    }
     recipe = sample_recipe({"checkpoint": checkpoint})
-    assert [check.status for check in machine._keys(recipe)] == ["ok", "ok"]
+    assert [check.status for check in machine._keys(recipe)] == ["ok", "ok", "ok"]
     (tmp_path / "keys" / "signing.key").chmod(0o644)
     check = by_name(machine._keys(recipe))["signing key"]
     assert check.status == "fail"

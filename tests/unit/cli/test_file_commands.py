@@ -18,6 +18,7 @@ def test_init_writes_a_recipe_that_loads(run_cli, tmp_path):
     outcome = run_cli("init", "--data", "notes.jsonl")
     assert outcome.code == 0, outcome.err
     assert "Wrote notes.yaml: task classify, 160 training records" in outcome.out
+    assert "Next: securetune checkpoint keygen keys --passphrase; securetune validate notes" in outcome.out
     recipe = load_recipe(tmp_path / "notes.yaml")
     assert recipe.data.labels == ["no", "yes"]
     assert str(recipe.data.private.path) == "notes.jsonl"

@@ -46,6 +46,32 @@ def test_counts_labels_and_lengths(run_cli, write_run):
     assert "warning" not in outcome.out
 
 
+def test_contradicting_labels_are_screened_as_in_training(run_cli, write_run):
+    rows = [*ROWS, {"text": ROWS[0]["text"], "label": "negative"}]
+    kept = run_cli("validate", write_run(rows, privacy__enabled=False), "--skip-lengths")
+    assert "101 left" in kept.out
+    assert "warning   2 records share their text with a record of another label" in kept.out
+    screened = run_cli(
+        "validate",
+        write_run(rows, privacy__enabled=False, data__screen="cross_record"),
+        "--skip-lengths",
+    )
+    assert screened.code == 0, screened.err
+    assert "101 read, 2 with contradicting labels dropped, 0 duplicates removed, 99 left" in screened.out
+    assert "share their text" not in screened.out
+
+
+def test_nothing_left_after_screening_is_refused(run_cli, write_run):
+    rows = [{"text": "t", "label": label} for label in LABELS]
+    outcome = run_cli(
+        "validate",
+        write_run(rows, privacy__enabled=False, data__screen="cross_record"),
+        "--skip-lengths",
+    )
+    assert outcome.code == 2
+    assert "no record is left: each text appears with several labels" in outcome.err
+
+
 def test_private_data_smaller_than_the_expected_batch(run_cli, write_run):
     outcome = run_cli("validate", write_run(privacy__expected_batch_size=81, privacy__sample_rate=0.5))
     assert outcome.code == 2

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sample_run import make_workshop, write_recipe
+
 ROOT = Path(__file__).resolve().parents[3]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 SOURCES = [
@@ -85,3 +87,10 @@ def test_ls_cp_and_validate_outside_the_clone(run_installed, tmp_path):
     checked = run_installed("-m", "securetune", "validate", "mine.yaml", "--skip-lengths", *sizes)
     assert checked.returncode == 0, checked.stderr
     assert "records   100 read" in checked.stdout
+
+
+def test_train_outside_the_clone_runs_to_the_published_model(run_installed, tmp_path):
+    recipe = write_recipe(make_workshop(tmp_path), "wheel")
+    process = run_installed("-m", "securetune", "train", str(recipe))
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert (tmp_path / "wheel" / "published" / "model.sig").is_file()

@@ -130,7 +130,7 @@ def test_rules_between_sections_are_checked_beside_errors_elsewhere():
         "seed",
         "adversarial.steps",
         "checkpoint.signing_key",
-        "checkpoint.recipients",
+        "checkpoint.passphrase_file",
     ]
 
 

@@ -2,7 +2,10 @@
 
 import pytest
 
+from securetune.config import load_recipe, parse_recipe
 from securetune.config.packaged import find_config, find_packaged, packaged_files, recipes_folder
+from securetune.config.schema import AdversarialConfig, EvaluationConfig
+from securetune.config.template import recipe_template
 from securetune.errors import ConfigError
 
 
@@ -10,6 +13,24 @@ def test_configs_have_a_summary():
     configs = {file.name: file for file in packaged_files() if file.kind == "config"}
     assert {"quickstart", "sms", "example"} <= set(configs)
     assert all(file.summary and not file.summary.startswith("#") for file in configs.values())
+
+
+@pytest.mark.parametrize("file", [file for file in packaged_files() if file.kind == "config"], ids=str)
+def test_configs_load(file):
+    load_recipe(file.path)
+
+
+def test_example_names_the_keys_that_init_does():
+    template = parse_recipe(recipe_template("d.jsonl", [{"prompt": "p", "completion": "c"}]), "t")
+    assert load_recipe(find_packaged("example").path).checkpoint == template.checkpoint
+
+
+def test_sms_attacks_at_the_measured_radii():
+    recipe = load_recipe(find_packaged("sms").path)
+    defaults = EvaluationConfig()
+    assert recipe.evaluation.pgd_radii == defaults.pgd_radii == [0.005, 0.01, 0.02]
+    assert recipe.adversarial.radius == AdversarialConfig().radius == 0.01
+    assert recipe.data.on_overlong == "truncate"
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml"])

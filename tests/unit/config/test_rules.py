@@ -8,7 +8,7 @@ from securetune.config.schema import BrokenRules, Metric, Recipe, Tracker
 from securetune.errors import ConfigError
 from tests.sample_recipe import VALUES, sample_recipe
 
-KEYS = {"checkpoint": {"recipients": ["r.pub"], "signing_key": "s.key"}}
+KEYS = {"checkpoint": {"recipients": ["r.pub"], "signing_key": "s.key", "passphrase_file": "p"}}
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,16 @@ KEYS = {"checkpoint": {"recipients": ["r.pub"], "signing_key": "s.key"}}
             "checkpoint.demo_keys",
             "cannot be true together with checkpoint.recipients",
         ),
-        ({"checkpoint": {"recipients": ["r"]}}, "checkpoint.signing_key", "a checkpoint is always signed"),
-        ({"checkpoint": {"signing_key": "s"}}, "checkpoint.recipients", "nobody could open the checkpoint"),
+        (
+            {"checkpoint": {"recipients": ["r"], "passphrase_file": "p"}},
+            "checkpoint.signing_key",
+            "a checkpoint is always signed",
+        ),
+        (
+            {"checkpoint": {"recipients": ["r"], "signing_key": "s"}},
+            "checkpoint.passphrase_file",
+            "Make it with 'securetune checkpoint keygen keys --passphrase'",
+        ),
         (
             {"gate.rules": [{"metric": "accuracy"}]},
             "gate.rules.0",
@@ -88,6 +96,34 @@ KEYS = {"checkpoint": {"recipients": ["r.pub"], "signing_key": "s.key"}}
             {"task": "generate", "data.labels": [], "gate.rules": [{"metric": "accuracy", "at_least": 0.5}]},
             "gate.rules.0.metric",
             "'accuracy' is not measured with task = 'generate'",
+        ),
+        (
+            {"gate.rules": [{"metric": "heldout_loss", "at_most": 1.0}]},
+            "gate.rules.0.metric",
+            "'heldout_loss' is not measured with task = 'classify'",
+        ),
+        (
+            {"gate.rules": [{"metric": "heldout_loss_difference", "at_most": 0.0}]},
+            "gate.rules.0.metric",
+            "'heldout_loss_difference' is not measured with task = 'classify'",
+        ),
+        (
+            {"privacy.enabled": False, "gate.rules": [{"metric": "epsilon", "at_most": 8.0}]},
+            "gate.rules.0.metric",
+            "'epsilon' is not measured with privacy.enabled = false",
+        ),
+        (
+            {"gate.rules": [{"metric": "epsilon", "at_most": 8.0, "subject": "plain"}]},
+            "gate.rules.0.subject",
+            "must be 'hardened' for 'epsilon', got 'plain'",
+        ),
+        (
+            {
+                "evaluation.num_membership": 1999,
+                "gate.rules": [{"metric": "membership_tpr_at_1pct_fpr", "at_most": 0.1}],
+            },
+            "gate.rules.0.metric",
+            "evaluation.num_membership must be at least 2000, got 1999",
         ),
         (
             {"gate.rules": [{"metric": "accuracy", "at_least": 0.5, "subject": "hardened - base"}]},
@@ -107,7 +143,7 @@ KEYS = {"checkpoint": {"recipients": ["r.pub"], "signing_key": "s.key"}}
         (
             {"gate.rules": [{"metric": "accuracy_pgd", "at_least": 0.5, "radius": 0.15}]},
             "gate.rules.0.radius",
-            "must be one of evaluation.pgd_radii [0.1, 0.2, 0.4], got 0.15",
+            "must be one of evaluation.pgd_radii [0.005, 0.01, 0.02], got 0.15",
         ),
         ({"run_dir": "."}, "run_dir", "must be a folder of its own, got '.'"),
         ({"run_dir": "/"}, "run_dir", "must be a folder of its own"),
@@ -121,6 +157,11 @@ KEYS = {"checkpoint": {"recipients": ["r.pub"], "signing_key": "s.key"}}
             {"publish.release_epsilon": 1.0, "privacy.enabled": False},
             "publish.release_epsilon",
             "has no meaning with privacy.enabled = false",
+        ),
+        (
+            {"publish.release_epsilon": 1.0, "task": "generate", "data.labels": []},
+            "publish.release_epsilon",
+            "has no effect with task = 'generate': only accuracies can be released",
         ),
     ],
 )
@@ -143,7 +184,18 @@ def test_rule(changes, path, message):
         {"privacy.enabled": False, "data.deduplicate": "fuzzy", "data.screen": "cross_record"},
         {"privacy.enabled": False, "privacy.delta": 0.01},
         {"task": "generate", "data.labels": []},
-        {"gate.rules": [{"metric": "accuracy_pgd", "at_least": 0.1, "radius": 0.2, "subject": "plain"}]},
+        {"gate.rules": [{"metric": "accuracy_pgd", "at_least": 0.1, "radius": 0.02, "subject": "plain"}]},
+        {"gate.rules": [{"metric": "epsilon", "at_most": 8.0, "subject": "hardened"}]},
+        {
+            "task": "generate",
+            "data.labels": [],
+            "gate.rules": [{"metric": "heldout_loss_difference", "at_most": 0.0}],
+        },
+        {
+            "evaluation.num_membership": 2000,
+            "gate.rules": [{"metric": "membership_tpr_at_1pct_fpr", "at_most": 0.1}],
+        },
+        {"publish.release_epsilon": 1.0},
         {"privacy.delta": 0.001},
         {"publish.destination": "runs/run/published"},
         {"publish.destination": "elsewhere"},
@@ -161,6 +213,14 @@ def test_rules_hold_for_recipes_made_in_code():
 
 def test_run_dir_takes_the_name():
     assert sample_recipe({"run_dir": "out/{name}/x"}).run_dir == "out/run/x"
+
+
+def test_enough_membership_texts_for_a_rate_of_1_percent():
+    from securetune.config import rules
+    from securetune.evaluation.membership import FALSE_POSITIVE_RATE
+    from securetune.evaluation.statistics import min_negatives
+
+    assert min_negatives(FALSE_POSITIVE_RATE) == rules._MIN_MEMBERSHIP_AT_1PCT // 2
 
 
 def test_metrics_are_those_the_evidence_knows():

@@ -1,5 +1,7 @@
 """``securetune init``: a recipe that fits the data and explains itself."""
 
+from pathlib import Path
+
 import pytest
 
 from securetune.config import parse_recipe
@@ -26,6 +28,19 @@ def test_labels_are_counted():
     recipe = parse_recipe(recipe_template("a b.csv", labelled(500)), "t")
     assert (recipe.task, recipe.data.labels, recipe.name) == ("classify", ["no", "yes"], "a-b")
     assert recipe.evaluation.num_texts == 100
+
+
+def test_keys_are_those_that_keygen_makes(monkeypatch, tmp_path):
+    from securetune.cli.checkpoint_commands import keygen
+
+    monkeypatch.chdir(tmp_path)
+    keygen(Path("keys"), passphrase=True)
+    text = recipe_template("notes.jsonl", labelled(500))
+    checkpoint = parse_recipe(text, "t").checkpoint
+    named = [*checkpoint.recipients, checkpoint.signing_key, checkpoint.passphrase_file]
+    assert len(named) == 3
+    assert all(path and path.is_file() for path in named)
+    assert "#   securetune checkpoint keygen keys --passphrase\n" in text
 
 
 def test_number_and_boolean_labels_become_text():

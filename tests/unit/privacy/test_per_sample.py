@@ -227,7 +227,7 @@ def test_parameters_become_views_of_one_flat_vector():
     with torch.no_grad():
         engine.flat_params.zero_()
     assert all(not p.any() for p in model.parameters() if p.requires_grad)
-    names = [name for name, _, _ in engine.parameter_slices()]
+    names = [name for name, _ in engine.parameter_names()]
     assert len(names) == len(set(names)) == 2 * len(engine.layers)
 
 
@@ -315,7 +315,7 @@ class TestSelfCheck:
             losses = next_token_losses(model, ids[rows])
             return losses / len(rows)  # a token count over the batch does the same
 
-        with pytest.raises(PrivacyError, match="removing a batch-mate"):
+        with pytest.raises(PrivacyError, match="without its batch-mates"):
             PerSampleGradients(model).check(coupled, 2)
 
     def test_finds_a_wrong_gradient(self, monkeypatch):
@@ -324,6 +324,34 @@ class TestSelfCheck:
         engine.layers[0].scaling *= 2
         with pytest.raises(PrivacyError, match="differs from ordinary autograd"):
             engine.check(self.losses_of(model, torch.randint(0, VOCAB, (2, 6))), 2)
+
+    def test_finds_a_wrong_gradient_of_a_in_fresh_adapters(self, monkeypatch):
+        # B = 0 makes the gradient of A zero on both sides, and any error in it invisible
+        model = adapted(bases()["llama"])
+        engine = PerSampleGradients(model)
+        with torch.no_grad():
+            for layer in engine.layers:
+                layer.b.zero_()
+        before = engine.flat_params.detach().clone()
+        record = PerSampleGradients._record
+        monkeypatch.setattr(
+            PerSampleGradients,
+            "_record",
+            lambda self, layer, x, h, g, low: record(self, layer, x, h, g, -7 * low),
+        )
+        with pytest.raises(PrivacyError, match="differs from ordinary autograd"):
+            engine.check(self.losses_of(model, torch.randint(0, VOCAB, (2, 6))), 2)
+        assert torch.equal(engine.flat_params.detach(), before)
+
+    def test_finds_one_small_wrong_matrix(self):
+        model = adapted(bases()["llama"])
+        engine = PerSampleGradients(model)
+        losses_of = self.losses_of(model, torch.randint(0, VOCAB, (2, 6)))
+        sizes = engine.backward(losses_of([0, 1])).sum(dim=0)
+        smallest = min(engine.layers, key=lambda layer: float(sizes[layer.start : layer.stop].norm()))
+        smallest.scaling *= -1
+        with pytest.raises(PrivacyError, match="differs from ordinary autograd"):
+            engine.check(losses_of, 2)
 
     def test_finds_adapters_that_get_no_gradient(self):
         model = adapted(bases()["llama"])

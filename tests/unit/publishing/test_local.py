@@ -18,13 +18,13 @@ from securetune.checkpoints import (
     verify,
 )
 from securetune.errors import CheckpointError, GateFailed, PrivacyError, SignatureError
-from securetune.publishing import publish, what_would_leave
+from securetune.publishing import check_gate, publish, what_would_leave
 from securetune.report import load_report
-from tests.sample_report import DIGESTS, SampleRule, make_evidence, sample_report
+from tests.sample_report import gate_rule, make_evidence, report_about, sample_ledger
 
 ADAPTER = json.dumps({"note": "stands for an adapter"}).encode()
-RULES = [SampleRule("epsilon", at_most=8.0), SampleRule("accuracy", at_least=0.75)]
-IMPOSSIBLE = [SampleRule("accuracy", at_least=0.99)]
+RULES = [gate_rule("epsilon", at_most=8.0), gate_rule("accuracy", at_least=0.75)]
+IMPOSSIBLE = [gate_rule("accuracy", at_least=0.99)]
 
 
 class Run:
@@ -45,21 +45,30 @@ class Run:
         self.seal()
 
     def seal(self, *, sealed=None, public=None, signing_key=None) -> None:
-        seal(
+        manifest = seal(
             self.checkpoint,
             sealed={"adapter": {"adapter.json": ADAPTER}, "evidence": {"ledger.jsonl": b"{}\n"}}
             if sealed is None
             else sealed,
             signing_key=signing_key or self.signing_key,
             recipients=[self.recipient],
-            public_files={"ledger.jsonl": b'{"unit": "record"}\n'} if public is None else public,
+            public_files={"ledger.jsonl": sample_ledger()} if public is None else public,
+        )
+        self.digest = manifest.digest
+
+    def report(self, **changes):
+        return report_about(self.digest, **changes)
+
+    def would_leave(self, report=None, *, rules=RULES):
+        return what_would_leave(
+            self.checkpoint, report or self.report(), rules=rules, public_key=self.public_key
         )
 
     def publish(self, report=None, *, rules=RULES, destination=None, released=()):
         return publish(
             self.checkpoint,
             destination or self.published,
-            report or sample_report(),
+            report or self.report(),
             rules=rules,
             signing_key=self.signing_key,
             released=released,
@@ -104,11 +113,11 @@ def test_stock_verifier_accepts_the_published_folder(run):
 
 
 def test_published_report_is_the_shareable_one(run):
-    run.publish(sample_report(notes=["a private remark"]))
+    run.publish()
     report = load_report(run.published / "report.json")
     assert report.audience == "shareable"
     everything = b"".join(files_of(run.published).values())
-    for secret in (b"a private remark", b"0.8402", b"10543", b"183.2"):
+    for secret in (b"0.8402", b"10543", b"183.2"):
         assert secret not in everything
 
 
@@ -122,6 +131,7 @@ def test_released_figures_are_published(run):
         private_statistic=False,
         release_epsilon=1.0,
         method="Laplace",
+        artefact=run.digest,
     )
     run.publish(released=[item])
     assert item in load_report(run.published / "report.json").evidence
@@ -149,22 +159,127 @@ def test_a_failed_gate_leaves_the_earlier_publication(run):
 
 
 def test_the_gate_is_checked_again_whatever_the_report_says(run):
-    report = sample_report()
+    report = run.report()
     assert report.gate is not None
     assert report.gate.passed
     with pytest.raises(GateFailed):
         run.publish(report, rules=IMPOSSIBLE)
 
 
-def test_evidence_about_two_models_is_refused(run):
-    other = make_evidence("accuracy", "hardened", 0.9, 0.02, 1000, artefact=DIGESTS["plain"])
-    with pytest.raises(GateFailed, match="2 different hardened models"):
-        run.publish(sample_report(evidence=[*sample_report().evidence, other]))
+@pytest.mark.parametrize("place", ["first", "last", "epsilon", "pair", "released"])
+def test_evidence_about_another_checkpoint_is_refused(run, place):
+    report, released = run.report(), []
+    evidence = list(report.evidence)
+    hardened = [index for index, item in enumerate(evidence) if item.subject == "hardened"]
+    places = {"first": hardened[0], "last": hardened[-1]}
+    places["epsilon"] = next(index for index in hardened if evidence[index].metric == "epsilon")
+    places["pair"] = next(i for i, item in enumerate(evidence) if item.subject == "hardened - base")
+    if place == "released":
+        released = [
+            make_evidence("accuracy", "hardened", 0.8, 0.1, 200, private_statistic=False, release_epsilon=1.0)
+        ]
+    else:
+        evidence[places[place]] = evidence[places[place]].model_copy(update={"artefact": "d" * 64})
+    report = report.model_copy(update={"evidence": evidence})
+    with pytest.raises(GateFailed, match=f"{'d' * 12}.*{run.digest[:12]}.*[Ee]valuate"):
+        run.publish(report, released=released)
+    assert not run.published.exists()
+    if not released:
+        with pytest.raises(GateFailed, match="d" * 12):
+            run.would_leave(report)
+
+
+def test_a_report_of_an_earlier_seal_is_refused(run):
+    report = run.report()
+    run.seal()
+    with pytest.raises(GateFailed, match=report.evidence[2].artefact[:12]):
+        run.publish(report)
+
+
+@pytest.mark.parametrize(
+    ("ledger", "message"),
+    [
+        (sample_ledger(steps=14), "steps_charged: 14 in the ledger, 15 in the report"),
+        (sample_ledger(noise_multiplier=0.3), "noise_multiplier: 0.3 in the ledger"),
+        (sample_ledger(sample_rate=0.5), "sample_rate: 0.5 in the ledger"),
+        (sample_ledger(delta=1e-3), "delta: 0.001 in the ledger"),
+        (sample_ledger(releases=()), "release_epsilon: 0.0 in the ledger, 1.0 in the report"),
+        (sample_ledger(releases=(1.0, 1.0)), "release_epsilon: 2.0 in the ledger"),
+        (b"{}\n", "not a ledger"),
+        (None, "holds no public ledger.jsonl"),
+    ],
+)
+def test_a_ledger_that_does_not_bear_out_the_report_is_refused(run, ledger, message):
+    run.seal(public={} if ledger is None else {"ledger.jsonl": ledger})
+    with pytest.raises(CheckpointError, match=message):
+        run.publish()
+    with pytest.raises(CheckpointError, match=message):
+        run.would_leave()
+    assert not run.published.exists()
+
+
+def test_a_ledger_without_a_privacy_statement_is_refused(run):
+    with pytest.raises(CheckpointError, match="no privacy statement"):
+        run.publish(run.report(privacy=None))
+
+
+def test_a_run_without_privacy_has_no_ledger(run):
+    run.seal(sealed={"adapter": {"adapter.json": ADAPTER}}, public={})
+    run.publish(run.report(privacy=None))
+    verify(run.published, run.public_key)
+
+
+SENTINEL = "73129"
+
+
+def test_nothing_measured_leaves_beside_the_value(run):
+    """Settings and words of un-noised evidence, and of the gate that cites it, stay in the run folder."""
+    number = float(f"0.{SENTINEL}")
+    measured = {
+        "radius": 0.2,
+        "steps": 5,
+        "mean_queries": number,
+        "errors": int(SENTINEL),
+        "attack": SENTINEL,
+    }
+    private = {"params": measured, "method": f"invalid: {SENTINEL}", "artefact": run.digest}
+    evidence = [
+        make_evidence(metric, "hardened", number, 0.0, int(SENTINEL), **private)
+        for metric in ("accuracy", "accuracy_pgd", "membership_auc")
+    ]
+    evidence.append(
+        make_evidence("accuracy_difference", "hardened - base", 0.1, 0.0, int(SENTINEL), **private)
+    )
+    released = make_evidence(
+        "accuracy_pgd",
+        "hardened",
+        0.8,
+        0.1,
+        200,
+        params=measured,
+        artefact=run.digest,
+        private_statistic=False,
+        release_epsilon=1.0,
+    )
+    rules = [
+        gate_rule("accuracy", at_least=0.5),
+        gate_rule("accuracy_pgd", at_least=0.5),
+        gate_rule("membership_auc", at_most=0.9),
+        gate_rule("accuracy_difference", at_least=0.0),
+    ]
+    report = run.report(evidence=evidence, gate=check_gate(rules, evidence))
+    run.publish(report, rules=rules, released=[released])
+    for name in ("report.json", "report.html", "README.md"):
+        text = (run.published / name).read_text()
+        assert SENTINEL not in text, name
+        assert "mean_queries" not in text, name
+        assert "mean queries" not in text, name
+        assert "0.2" in text, name  # settings stay
 
 
 def test_publishing_again_replaces_and_counts_on(run):
     first = run.publish()
-    second = run.publish(sample_report(reproduce="another command"))
+    second = run.publish(run.report(reproduce="another command"))
     assert second.manifest.generation == first.manifest.generation + 1
     assert b"another command" in (run.published / "report.json").read_bytes()
     assert verify(run.published, run.public_key) == second.manifest
@@ -203,7 +318,8 @@ def test_a_changed_byte_in_the_published_folder_is_found(run, change):
 
 def test_a_changed_checkpoint_is_not_published(run):
     path = run.checkpoint / "shards" / "adapter.adapter.json.c256"
-    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(SignatureError):
         run.publish()
     assert not run.published.exists()
@@ -229,6 +345,7 @@ def test_a_checkpoint_of_another_owner_is_not_published(run):
         ({"adapter": {"a.json": b"{}"}, "evidence": {"report.json": b"{}"}}, {}, "un-noised measurements"),
         ({"adapter": {"a.json": b"{}"}}, {"train.jsonl": b"{}"}, "jsonl file can hold records"),
         ({"adapter": {"a.json": b"{}"}}, {"notes.txt": b"hello"}, "only LICENSE"),
+        ({"adapter": {"a.json": b"{}"}}, {"plan.json": b"{}"}, "only LICENSE"),
         (
             {"adapter": {"a.json": b"{}"}},
             {"NOTICE": b"x\n-----BEGIN EC PRIVATE KEY-----\nMHc"},
@@ -241,7 +358,7 @@ def test_what_must_not_leave_is_refused(run, sealed, public, message):
     with pytest.raises(CheckpointError, match=message):
         run.publish()
     with pytest.raises(CheckpointError, match=message):
-        what_would_leave(run.checkpoint, sample_report(), rules=RULES, public_key=run.public_key)
+        run.would_leave()
     assert not run.published.exists()
 
 
@@ -254,7 +371,7 @@ def test_a_symbolic_link_is_refused(run):
 
 def test_the_dry_run_lists_exactly_what_is_published_and_writes_nothing(run):
     before = files_of(run.folder)
-    planned = what_would_leave(run.checkpoint, sample_report(), rules=RULES, public_key=run.public_key)
+    planned = run.would_leave()
     assert files_of(run.folder) == before
     published = run.publish()
     after = files_of(run.published)
@@ -267,7 +384,7 @@ def test_the_dry_run_lists_exactly_what_is_published_and_writes_nothing(run):
 
 def test_the_dry_run_refuses_what_the_gate_refuses(run):
     with pytest.raises(GateFailed):
-        what_would_leave(run.checkpoint, sample_report(), rules=IMPOSSIBLE, public_key=run.public_key)
+        run.would_leave(rules=IMPOSSIBLE)
 
 
 def test_published_files_are_readable_by_others_and_not_writable(run):

@@ -7,7 +7,7 @@ import pytest
 
 from securetune.publishing.gate import check_gate
 from securetune.report import render_html, report_json, shareable
-from tests.sample_report import SampleRule, make_evidence, sample_evidence, sample_report
+from tests.sample_report import gate_rule, make_evidence, sample_evidence, sample_report
 
 
 class Page(HTMLParser):
@@ -140,7 +140,6 @@ def test_text_from_outside_is_escaped():
     report = sample_report(
         reproduce=attack,
         created=attack,
-        notes=[attack],
         limitations=[attack],
         evidence=[
             make_evidence("accuracy", "hardened", 0.8, 0.1, 10, method=attack, params={attack: attack}),
@@ -196,7 +195,7 @@ def test_a_loss_of_robustness_is_not_hidden_by_a_gain():
 
 def test_a_failed_gate_leads_the_page():
     evidence = sample_evidence()
-    gate = check_gate([SampleRule("accuracy", at_least=0.99)], evidence)
+    gate = check_gate([gate_rule("accuracy", at_least=0.99)], evidence)
     text = Page(render_html(sample_report(gate=gate))).text
     assert "Not ready to release: 1 of 1 release rules failed" in text
     assert "below the required 0.99" in text

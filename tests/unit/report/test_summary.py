@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from securetune.errors import DataError, PrivacyError
-from securetune.evidence import Interval
+from securetune.evidence import GateResult, Interval, RuleResult
 from securetune.publishing.gate import check_gate
 from securetune.report.summary import (
     Costs,
@@ -22,7 +22,7 @@ from securetune.report.summary import (
     report_json,
     shareable,
 )
-from tests.sample_report import SampleRule, make_evidence, sample_evidence, sample_report
+from tests.sample_report import gate_rule, make_evidence, sample_evidence, sample_report
 
 # what every field of a report is, decided by a person: a new field fails a test until it is added here
 PUBLIC = {
@@ -30,7 +30,7 @@ PUBLIC = {
     "limitations", "reproduce", "withheld",
 }  # fmt: skip
 REDUCED = {"data", "evidence", "gate", "curves"}
-PRIVATE = {"costs", "stages", "peak_memory_bytes", "notes"}
+PRIVATE = {"costs", "stages", "peak_memory_bytes"}
 
 
 def leaves(value: Any) -> list[Any]:
@@ -54,6 +54,14 @@ def released(value: float = 0.84):
     )
 
 
+def shared_gate(**changes: Any) -> GateResult:
+    """The gate of a shareable report, with one rule's result changed."""
+    gate = shareable(sample_report()).gate
+    assert gate is not None
+    first, second, *others = gate.rules
+    return GateResult(passed=True, rules=[first, second.model_copy(update=changes), *others])
+
+
 def test_report_survives_its_json(tmp_path):
     report = sample_report()
     path = tmp_path / "report.json"
@@ -66,7 +74,7 @@ def test_every_field_is_known_as_public_reduced_or_private():
 
 
 def test_private_fields_are_empty_in_a_shareable_report():
-    public = shareable(sample_report(notes=["looked at the longest record"]))
+    public = shareable(sample_report())
     empty = Report.model_fields
     for field in PRIVATE:
         assert getattr(public, field) == empty[field].get_default(call_default_factory=True), field
@@ -131,9 +139,35 @@ def test_gate_keeps_its_rules_and_loses_its_measurements():
     assert [rule.at_least for rule in others] == [0.75, 0.0, None, 0.0]
 
 
+def test_measurements_among_the_params_do_not_survive():
+    params = {"radius": 0.2, "norm": "l2_token", "mean_queries": 0.7312, "attack": "sentinel"}
+    rule = RuleResult(
+        metric="accuracy_pgd",
+        subject="hardened",
+        at_least=0.1,
+        at_most=None,
+        value=0.7312,
+        interval=Interval(low=0.73, high=0.74),
+        n=7312,
+        passed=True,
+        reason="0.7312",
+        private_statistic=True,
+        params=params,
+    )
+    report = sample_report(gate=GateResult(passed=True, rules=[rule]))
+    public = shareable(report, [released().model_copy(update={"params": params})])
+    assert public.gate is not None
+    assert public.gate.rules[0].params == {"radius": 0.2, "norm": "l2_token"}
+    (item,) = (item for item in public.evidence if item.metric == "accuracy")
+    assert item.params == {"radius": 0.2, "norm": "l2_token"}
+    text = report_json(public)
+    assert "7312" not in text
+    assert "sentinel" not in text
+
+
 def test_a_failed_gate_is_not_shared():
     evidence = sample_evidence()
-    report = sample_report(gate=check_gate([SampleRule("accuracy", at_least=0.99)], evidence))
+    report = sample_report(gate=check_gate([gate_rule("accuracy", at_least=0.99)], evidence))
     assert shareable(report).gate is None
 
 
@@ -152,7 +186,13 @@ def test_sharing_twice_changes_nothing():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"notes": ["something"]}, "free notes"),
+        (
+            {"evidence": [released().model_copy(update={"params": {"errors": 2}})]},
+            "params that are no settings: errors",
+        ),
+        ({"gate": shared_gate(params={"blind_auc": 0.5})}, "params that are no settings: blind_auc"),
+        ({"gate": shared_gate(n=731)}, "private values"),
+        ({"gate": shared_gate(reason="low end 0.7312")}, "private values"),
         ({"peak_memory_bytes": 5}, "times or memory"),
         ({"stages": [StageTime(name="train", seconds=1.0)]}, "times or memory"),
         ({"costs": Costs(training_seconds={"plain": 2.0})}, "times or memory"),
@@ -192,7 +232,7 @@ def test_marked_private_values_never_reach_a_shareable_report(values, count):
             held_out_records=count,
         ),
         evidence=evidence,
-        gate=check_gate([SampleRule("accuracy", at_least=0.1)], evidence),
+        gate=check_gate([gate_rule("accuracy", at_least=0.1)], evidence),
         curves=Curves(
             training=[TrainingCurve(subject="hardened", steps=[1], loss=[values[3]], epsilon=[1.5])],
             roc=[
@@ -209,7 +249,6 @@ def test_marked_private_values_never_reach_a_shareable_report(values, count):
         costs=Costs(training_seconds={"plain": values[7]}, training_time_ratio=values[7]),
         stages=[StageTime(name="train", seconds=values[7])],
         peak_memory_bytes=count,
-        notes=[f"accuracy was {values[0]}"],
     )
     text = report_json(shareable(report))
     assert "0.7234" not in text

@@ -3,7 +3,7 @@ import pytest
 from securetune.evidence import Interval
 from securetune.publishing.gate import check_gate
 from securetune.report.verdict import compare_all, headline, judge
-from tests.sample_report import SampleRule, make_evidence, sample_evidence, sample_report
+from tests.sample_report import gate_rule, make_evidence, sample_evidence, sample_report
 
 
 def difference(
@@ -78,7 +78,7 @@ def test_headline_names_both_when_one_attack_gains_and_another_loses():
 
 def test_a_failed_gate_comes_first():
     evidence = sample_evidence()
-    gate = check_gate([SampleRule("accuracy", at_least=0.99), SampleRule("epsilon", at_most=8.0)], evidence)
+    gate = check_gate([gate_rule("accuracy", at_least=0.99), gate_rule("epsilon", at_most=8.0)], evidence)
     assert headline(sample_report(gate=gate)) == "Not ready to release: 1 of 2 release rules failed"
 
 

@@ -21,6 +21,7 @@ def recipe(tmp_path, **changes):
 def test_resuming_needs_the_word_and_the_same_recipe(tmp_path):
     with RunFolder.open(recipe(tmp_path), resume=False) as run:
         run.save("thing", {"a": 1})
+        run.save("trained_plain", {})
     with (
         pytest.raises(ConfigError, match=r"already holds a run\. Add --resume"),
         RunFolder.open(recipe(tmp_path), resume=False),
@@ -33,6 +34,40 @@ def test_resuming_needs_the_word_and_the_same_recipe(tmp_path):
         pass
     with RunFolder.open(recipe(tmp_path), resume=True) as run:
         assert run.load("thing") == {"a": 1}
+
+
+def test_a_recipe_may_be_corrected_until_something_was_trained(tmp_path):
+    with RunFolder.open(recipe(tmp_path), resume=False):
+        pass  # stopped before training, by missing data, say
+    with RunFolder.open(recipe(tmp_path, privacy__steps=11), resume=False) as run:
+        assert "steps: 11" in run.recipe.read_text()
+
+
+@pytest.mark.parametrize(
+    "trace", ["ledger.jsonl", "checkpoint", "work/plain-state", "work/trained_plain.json"]
+)
+def test_a_run_whose_recipe_is_gone_is_still_a_run(tmp_path, trace):
+    with RunFolder.open(recipe(tmp_path), resume=False) as run:
+        (run.root / trace).mkdir()
+        run.recipe.unlink()
+        (run.work / "recipe_digest").unlink()
+    for resume in (False, True):
+        with pytest.raises(ConfigError), RunFolder.open(recipe(tmp_path), resume=resume):
+            pass
+
+
+def test_lost_key_of_the_split_is_never_replaced(tmp_path):
+    with RunFolder.open(recipe(tmp_path), resume=False) as run:
+        run.secret("split")
+        run.save("trained_plain", {})
+        (run.keys / "split.key").unlink()
+        with pytest.raises(ConfigError, match=r"split\.key is missing"):
+            run.secret("split")
+
+
+def test_folder_of_no_run_has_no_key(tmp_path):
+    with pytest.raises(ConfigError, match="is missing"):
+        RunFolder(tmp_path / "nowhere").secret("split")
 
 
 def test_resume_of_nothing_starts(tmp_path):
