@@ -11,6 +11,7 @@ from securetune.errors import PrivacyError
 from securetune.evidence import GateResult
 from securetune.privacy.accounting import Phase, max_true_positive_rate, max_true_positive_rate_of_run
 from securetune.privacy.ledger import LedgerState, read_ledger
+from securetune.report.environment import describe_environment
 from securetune.report.summary import (
     AdversarialStatement,
     BaseModelStatement,
@@ -23,7 +24,6 @@ from securetune.report.summary import (
     RocCurve,
     StageTime,
     TrainingCurve,
-    describe_environment,
 )
 from securetune.training.evaluate import Measured
 from securetune.training.folder import RunFolder

@@ -1,14 +1,11 @@
 """What ``report.json`` holds, and which part of it may leave the run folder."""
 
-import importlib.metadata
 import os
-import platform
 from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-import securetune
 from securetune.errors import DataError, PrivacyError
 from securetune.evidence import PUBLIC_PARAMS, Evidence, GateResult, describe_metric, public_params
 from securetune.files import read_json
@@ -30,8 +27,6 @@ __all__ = [
     "RocCurve",
     "StageTime",
     "TrainingCurve",
-    "describe_environment",
-    "library_versions",
     "load_report",
     "report_json",
     "shareable",
@@ -65,16 +60,6 @@ LIMITATIONS: Final = (
 """What the measurements do not say, true of every run."""
 
 _WITHHELD: Final = "met; the measured value is an un-noised statistic of private data and is withheld"
-
-_LIBRARIES: Final = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "dp-accounting",
-    "cryptography",
-    "safetensors",
-)
 
 
 class _Part(BaseModel):
@@ -402,40 +387,6 @@ def load_report(path: str | os.PathLike[str]) -> Report:
             f"{os.fspath(path)} is not a {SCHEMA} report: {where}: {first['msg']}. "
             "Read it with the version of securetune that wrote it."
         ) from error
-
-
-def library_versions() -> dict[str, str]:
-    """Look up the versions of the libraries whose behaviour a result depends on.
-
-    Returns:
-        Distribution name to version, for those installed.
-    """
-    versions: dict[str, str] = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def describe_environment(device: str, dtype: str) -> Environment:
-    """Collect the versions for a report.
-
-    Args:
-        device: The device that did the work, in words.
-        dtype: The element type of the base weights.
-
-    Returns:
-        The environment of this process.
-    """
-    return Environment(
-        securetune=securetune.__version__,
-        python=platform.python_version(),
-        libraries=library_versions(),
-        device=device,
-        dtype=dtype,
-    )
 
 
 def _releasable_subjects(report: Report) -> frozenset[str]:

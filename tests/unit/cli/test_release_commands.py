@@ -73,7 +73,8 @@ def test_export_writes_a_folder_that_transformers_loads(run_cli, tmp_path, train
 
 @pytest.mark.usefixtures("trained_run")
 def test_export_needs_the_key(run_cli, tmp_path):
-    outcome = run_cli("export", "run.yaml", "plain", "--passphrase-file", "keys/passphrase.txt")
+    signer = ("--public-key", "keys/signing.key.pub")
+    outcome = run_cli("export", "run.yaml", "plain", "--passphrase-file", "keys/passphrase.txt", *signer)
     assert outcome.code == 2
     assert outcome.err.startswith("AccessDenied: ")
     assert not (tmp_path / "plain").exists()

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from securetune.errors import DataError, PrivacyError
 from securetune.evidence import GateResult, Interval, RuleResult
 from securetune.publishing.gate import check_gate
+from securetune.report.environment import library_versions
 from securetune.report.summary import (
     Costs,
     Curves,
@@ -17,7 +18,6 @@ from securetune.report.summary import (
     RocCurve,
     StageTime,
     TrainingCurve,
-    library_versions,
     load_report,
     report_json,
     shareable,
