@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 NEIGHBOURING_RELATION = "add or remove one"
+UNIT_STATEMENT = "one record; a person with several records is not covered"
 MAX_NOISE_MULTIPLIER = 10_000.0
 _CALIBRATION_TOLERANCE = 1e-5  # relative, on the noise multiplier
 

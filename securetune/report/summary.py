@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from securetune.errors import DataError, PrivacyError
 from securetune.evidence import PUBLIC_PARAMS, Evidence, GateResult, describe_metric, public_params
 from securetune.files import read_json
+from securetune.privacy.accounting import UNIT_STATEMENT
 
 __all__ = [
     "LIMITATIONS",
     "NOT_COVERED",
     "SCHEMA",
-    "UNIT_STATEMENT",
     "AdversarialStatement",
     "BaseModelStatement",
     "Costs",
@@ -34,13 +34,11 @@ __all__ = [
 
 SCHEMA: Final = "securetune.report/1"
 
-UNIT_STATEMENT: Final = "one record; a person with several records is not covered"
-
 NOT_COVERED: Final = (
     "Choices that a person made after looking at private data, such as tuning a learning rate over several "
     "runs, are not counted in epsilon.",
-    "The decision to publish is taken on un-noised measurements of held-out private records and is not "
-    "counted.",
+    "The decision to publish, and which held-out figures are released, is taken on un-noised measurements of "
+    "held-out private records and is not counted.",
     "Facts about many records, such as how a label correlates with a word, are what the model is meant to "
     "learn; differential privacy does not hide them.",
     "Figures marked \N{LEFT DOUBLE QUOTATION MARK}not covered by epsilon\N{RIGHT DOUBLE QUOTATION MARK} are "

@@ -209,7 +209,10 @@ def _private_step(
     assert plan.privacy is not None
     noise = NoiseSource()
     reportable = noise.reportable_epsilon and sampler.reportable_epsilon
-    ledger = Ledger(run.ledger, LedgerHeader.from_plan(plan.privacy, reportable_epsilon=reportable))
+    ledger = Ledger(
+        run.ledger,
+        LedgerHeader.from_plan(plan.privacy, reportable_epsilon=reportable, unit=recipe.privacy.unit),
+    )
     step = PrivateStep(
         grads,
         optimizer,

@@ -9,7 +9,7 @@ import torch
 
 from securetune.config.schema import Recipe
 from securetune.files import write_atomic
-from securetune.privacy.accounting import PrivacyPlan, PrivacySpec, plan_privacy
+from securetune.privacy.accounting import UNIT_STATEMENT, PrivacyPlan, PrivacySpec, plan_privacy
 from securetune.training.folder import NOT_COVERED, RunFolder
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from securetune.models.base import BaseModel
 
-UNIT = "one record; a person with several records is not covered"
 _MODELS_EVALUATED = 3  # base, plain, hardened
 _PROBE_ROWS = 16
 # Activations that autograd keeps, in numbers per token and layer: measured on Llama-shaped models as about 18
@@ -66,7 +65,7 @@ class Plan:
             spec = asdict(self.privacy.spec)
             privacy = {
                 **spec,
-                "unit": UNIT,
+                "unit": UNIT_STATEMENT,
                 "neighbouring_relation": "add or remove one record",
                 "sampler": "Poisson",
                 "accountant": self.privacy.accountant,
@@ -105,7 +104,7 @@ class Plan:
         else:
             spec, plan = self.privacy.spec, self.privacy
             rows += [
-                ("privacy unit", UNIT),
+                ("privacy unit", UNIT_STATEMENT),
                 ("neighbours", f"add or remove one record; Poisson sampling; {plan.accountant}"),
                 (
                     "epsilon",
