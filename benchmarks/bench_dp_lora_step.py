@@ -35,6 +35,7 @@ from ._harness import (
 NAME = "dp_lora_step"
 MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-4
+IGNORED = -100  # label of a token without loss
 PACKAGES = ("transformers", "peft", "opacus")
 
 
@@ -47,6 +48,7 @@ class Case(NamedTuple):
     rank: int
     dtype: torch.dtype
     config: dict[str, Any] | None = None
+    supervised: float = 1.0  # share of the tokens, at the end of each sample, that the loss is on
 
 
 SMOLLM2 = {
@@ -79,12 +81,13 @@ def run(context: Context) -> Iterator[Result]:
         if importlib.util.find_spec(package) is None:
             raise DoesNotFit(f"{package} is not installed.")
     on_gpu = context.device.type == "cuda"
-    cases = [Case("SmolLM2-135M", 8, 64, 8, torch.float32)]
+    small = Case("SmolLM2-135M", 8, 64, 8, torch.float32)
+    cases = [small, small._replace(supervised=0.5)]
     if on_gpu and not context.quick:
         cases = [
             Case("Llama-1B", 16, 1024, 16, torch.bfloat16, LLAMA_1B),
             Case("SmolLM2-135M", 32, 256, 8, torch.bfloat16),
-            Case("SmolLM2-135M", 8, 64, 8, torch.float32),
+            small,
         ]
     for case in cases:
         yield from _measure(case, context)
@@ -95,22 +98,25 @@ def _measure(case: Case, context: Context) -> Iterator[Result]:
     vocab = (case.config or SMOLLM2)["vocab_size"]
     ids = torch.randint(0, vocab, (case.batch, case.tokens), device=context.device)
     with contextlib.ExitStack() as stack:
-        ours = _Ours(_model(case, context), ids, stack)
-        plain = _Plain(_model(case, context), ids)
+        labels = ids.clone()
+        labels[:, : round((1 - case.supervised) * case.tokens)] = IGNORED
+        ours = _Ours(_model(case, context), ids, labels, stack)
+        plain = _Plain(_model(case, context), ids, labels)
         arms: dict[str, Callable[[], object]] = {"ours": ours.step, "plain": plain.step}
         tolerance = 1e-4 if case.dtype == torch.float32 else 5e-2
         agreements = {
             "plain": check_agreement("summed gradient", ours.summed(), plain.summed(), tolerance=tolerance)
         }
         if importlib.util.find_spec("opacus") is not None:
-            opacus = _Opacus(_model(case, context), ids)
+            opacus = _Opacus(_model(case, context), ids, labels)
             agreements["opacus"] = check_agreement(
                 "clipped sum", ours.clipped(), opacus.clipped(), tolerance=tolerance
             )
             arms["opacus"] = opacus.step
         timings = time_paired(arms, context, rounds=5 if context.quick else None)
         memory = {name: peak_memory_bytes(step, context.device) for name, step in arms.items()}
-    shape = f"{case.label} B={case.batch} T={case.tokens} r={case.rank} all-linear"
+    loss_on = "all tokens" if case.supervised == 1 else "completions"
+    shape = f"{case.label} B={case.batch} T={case.tokens} r={case.rank} all-linear, loss on {loss_on}"
     baselines = {"plain": f"peft {metadata.version('peft')}, no privacy"}
     if "opacus" in arms:
         baselines["opacus"] = f"opacus {metadata.version('opacus')} (hooks)"
@@ -171,13 +177,13 @@ def _has_smollm2() -> bool:
 class _Ours:
     """securetune's step: one backward, flat per-sample buffer, clip, noise, AdamW over the flat vector."""
 
-    def __init__(self, model: Any, ids: Tensor, stack: contextlib.ExitStack) -> None:
+    def __init__(self, model: Any, ids: Tensor, labels: Tensor, stack: contextlib.ExitStack) -> None:
         from securetune.privacy.noise import NoiseSource
         from securetune.privacy.per_sample import PerSampleGradients
         from securetune.privacy.step import PrivateStep
 
         self.ids = ids
-        self.model = model
+        self.targets = labels[:, 1:]
         self.causal = model.get_base_model()
         self.grads = PerSampleGradients(model)
         optimizer = torch.optim.AdamW([self.grads.flat_params], lr=LEARNING_RATE)
@@ -196,9 +202,11 @@ class _Ours:
         from securetune.models.frozen_head import frozen_head_losses
 
         hidden = self.causal.model(input_ids=self.ids, use_cache=False).last_hidden_state[:, :-1]
-        targets = self.ids[:, 1:]
-        losses = frozen_head_losses(hidden.flatten(0, 1), self.causal.lm_head.weight, None, targets.flatten())
-        return losses.view(targets.shape).mean(dim=1)
+        has_loss = self.targets != IGNORED
+        losses = frozen_head_losses(
+            hidden[has_loss], self.causal.lm_head.weight, None, self.targets[has_loss]
+        )
+        return losses.view(len(self.ids), -1).mean(dim=1)  # equally many tokens with a loss in every sample
 
     def step(self) -> None:
         """Take one private step."""
@@ -220,20 +228,20 @@ class _Ours:
 class _Plain:
     """The ordinary way: the model's own loss, autograd, AdamW."""
 
-    def __init__(self, model: Any, ids: Tensor) -> None:
-        self.model, self.ids = model, ids
+    def __init__(self, model: Any, ids: Tensor, labels: Tensor) -> None:
+        self.model, self.ids, self.labels = model, ids, labels
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE)
 
     def step(self) -> None:
         """Take one ordinary step."""
-        self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
+        self.model(input_ids=self.ids, labels=self.labels, use_cache=False).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def summed(self) -> Tensor:
         """Return the gradient of the sum over samples, ``[P]``."""
-        self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
+        self.model(input_ids=self.ids, labels=self.labels, use_cache=False).loss.backward()
         grads = torch.cat([_grad(parameter).flatten() for parameter in self.parameters]) * len(self.ids)
         self.optimizer.zero_grad(set_to_none=True)
         return grads
@@ -242,11 +250,11 @@ class _Plain:
 class _Opacus:
     """Opacus with per-sample gradients by hooks."""
 
-    def __init__(self, model: Any, ids: Tensor) -> None:
+    def __init__(self, model: Any, ids: Tensor, labels: Tensor) -> None:
         from opacus import GradSampleModule
         from opacus.optimizers import DPOptimizer
 
-        self.ids = ids
+        self.ids, self.targets = ids, labels[:, 1:]
         self.model = GradSampleModule(model, loss_reduction="mean")
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = DPOptimizer(
@@ -260,7 +268,8 @@ class _Opacus:
     def backward(self) -> None:
         """Fill the per-sample gradients of the mean over samples."""
         logits = self.model(input_ids=self.ids, use_cache=False).logits[:, :-1].float()
-        functional.cross_entropy(logits.flatten(0, 1), self.ids[:, 1:].flatten()).backward()
+        loss = functional.cross_entropy(logits.flatten(0, 1), self.targets.flatten(), ignore_index=IGNORED)
+        loss.backward()
 
     def step(self) -> None:
         """Take one private step."""

@@ -56,12 +56,14 @@ class _FrozenHeadLosses(torch.autograd.Function):
             logits = logits.to(dtype)
             if bias is not None:
                 logits += bias
-            normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-            losses[rows] = (normaliser - logits.gather(1, wanted)).squeeze(1)
+            # one exponential a logit: value and gradient share exp(logit - largest) and its sum
+            largest, target_logits = logits.amax(dim=1, keepdim=True), logits.gather(1, wanted)
+            exponentials = logits.sub_(largest).exp_()
+            total = exponentials.sum(dim=1, keepdim=True)
+            losses[rows] = (total.log() + largest - target_logits).squeeze(1)
             if grad is not None:
-                probabilities = logits.sub_(normaliser).exp_()
-                probabilities.scatter_add_(1, wanted, -torch.ones_like(normaliser))
-                grad[rows] = probabilities.to(hidden.dtype) @ weight
+                expected = (exponentials.to(hidden.dtype) @ weight).to(dtype) / total
+                grad[rows] = (expected - weight[targets[rows]]).to(hidden.dtype)
         ctx.save_for_backward(*([] if grad is None else [grad]))
         return losses
 

@@ -24,6 +24,7 @@ https://doi.org/10.1145/2382196.2382264), and an attacker who reads this process
 
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 import numpy as np
@@ -116,13 +117,19 @@ class NoiseSource:
         out = np.empty(count, dtype=np.float32)
         first_word = start // _WORDS_PER_BLOCK * _WORDS_PER_BLOCK  # pairs never straddle a block
         last_word = start + count + (-(start + count)) % _WORDS_PER_BLOCK
-        for word in range(first_word, last_word, _CHUNK_WORDS):
+
+        def fill(word: int) -> None:
             end = min(word + _CHUNK_WORDS, last_word)
             words = keystream_words(self._key, stream=stream, step=step, start=word, count=end - word)
             normals = box_muller(words)
             normals *= stddev
             low, high = max(word, start), min(end, start + count)
             out[low - start : high - start] = normals[low - word : high - word]
+
+        # the address decides each value, so chunks may be drawn in any order and in parallel
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for _ in pool.map(fill, range(first_word, last_word, _CHUNK_WORDS)):
+                pass
         return torch.from_numpy(out)
 
 
