@@ -61,8 +61,8 @@ def fine_tune(
 ) -> None:
     """Train a model and seal it; go on where a killed run stopped.
 
-    The plain fine-tune has the same steps, batches and optimizer, without privacy and without adversarial
-    training.
+    The plain fine-tune has the same number of steps, expected batch and optimizer, without privacy and
+    without adversarial training.
 
     Guarantees:
         Every private step is in the ledger before its noise is released. A resumed run draws new keys for

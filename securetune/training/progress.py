@@ -5,36 +5,28 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from securetune.training.loop import StepResult
 
 
-class TrainingProgress:
-    """A progress bar on a terminal, one line per step elsewhere.
+class _Bar:
+    """A live bar on a terminal; elsewhere none, and its users print lines."""
 
-    Args:
-        title: What is trained.
-        total: Planned steps.
-        done: Steps already done, in a resumed run.
-    """
-
-    def __init__(self, title: str, *, total: int, done: int = 0) -> None:
-        self._title = title
-        self._total = total
+    def __init__(self, *columns: ProgressColumn) -> None:
         self._console = Console()
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         if sys.stdout.isatty():
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._task = self._bar.add_task(title, total=total, completed=done, numbers="")
+            shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns)
+            self._bar = Progress(*shown, TimeRemainingColumn(), console=self._console)
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -46,6 +38,24 @@ class TrainingProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class TrainingProgress(_Bar):
+    """A progress bar on a terminal, one line per step elsewhere.
+
+    Args:
+        title: What is trained.
+        total: Planned steps.
+        done: Steps already done, in a resumed run.
+    """
+
+    def __init__(self, title: str, *, total: int, done: int = 0) -> None:
+        super().__init__(TextColumn("{task.fields[numbers]}"))
+        self._title = title
+        self._total = total
+        self._task: TaskID | None = None
+        if self._bar is not None:
+            self._task = self._bar.add_task(title, total=total, completed=done, numbers="")
 
     def update(self, result: StepResult, *, epsilon: float | None) -> None:
         """Show a finished step.
@@ -65,7 +75,7 @@ class TrainingProgress:
             )
 
 
-class StageProgress:
+class StageProgress(_Bar):
     """What a person sees while a model is measured: a bar on a terminal, one line per stage elsewhere.
 
     Args:
@@ -73,25 +83,10 @@ class StageProgress:
     """
 
     def __init__(self, subject: str) -> None:
+        super().__init__()
         self._subject = subject
-        self._console = Console()
-        self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._finished: set[str] = set()
-        if sys.stdout.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def update(self, stage: str, done: int, total: int) -> None:
         """Show how far a stage is.
