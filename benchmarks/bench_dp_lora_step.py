@@ -178,6 +178,7 @@ class _Ours:
     """securetune's step: one backward, flat per-sample buffer, clip, noise, AdamW over the flat vector."""
 
     def __init__(self, model: Any, ids: Tensor, labels: Tensor, stack: contextlib.ExitStack) -> None:
+        from securetune.privacy.clipping import FlatClipping
         from securetune.privacy.noise import NoiseSource
         from securetune.privacy.per_sample import PerSampleGradients
         from securetune.privacy.step import PrivateStep
@@ -190,7 +191,7 @@ class _Ours:
         self.private: Any = PrivateStep(
             self.grads,
             optimizer,
-            max_grad_norm=MAX_GRAD_NORM,
+            clipping=FlatClipping(MAX_GRAD_NORM),
             noise_multiplier=1.0,
             expected_batch_size=len(ids),
             noise=NoiseSource(),
@@ -215,7 +216,7 @@ class _Ours:
 
     def summed(self) -> Tensor:
         """Return the sum of the per-sample gradients, ``[P]``."""
-        return self.grads.backward(self.losses()).sum(dim=0)
+        return self.grads.backward(self.losses()).materialize().sum(dim=0)
 
     def clipped(self) -> Tensor:
         """Return the clipped sum, ``[P]``."""

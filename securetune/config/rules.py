@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         EvaluationConfig,
         GateConfig,
         PrivacyConfig,
+        PrivateDataConfig,
         PublishConfig,
         TrainingConfig,
     )
@@ -41,13 +42,32 @@ def broken_rules(sections: Mapping[str, Any]) -> list[Problem]:
 
 
 def _private_data(data: "DataConfig") -> Iterator[Problem]:
-    private = data.private
-    if private.source is None and private.path is None:
-        yield "data.private", "needs a source or a path. Set data.private.path to your file."
-    if private.source is not None and private.path is not None:
-        yield "data.private", "has both a source and a path. Keep exactly one of them."
-    if private.source is not None and private.format != "auto":
-        yield "data.private.format", "has no effect on a source. Remove it, or set data.private.path."
+    yield from _records("data.private", data.private)
+
+
+def _records(path: str, records: "PrivateDataConfig") -> Iterator[Problem]:
+    if records.source is None and records.path is None:
+        yield path, f"needs a source or a path. Set {path}.path to your file."
+    if records.source is not None and records.path is not None:
+        yield path, "has both a source and a path. Keep exactly one of them."
+    if records.source is not None and records.format != "auto":
+        yield f"{path}.format", f"has no effect on a source. Remove it, or set {path}.path."
+
+
+def _public_validation(data: "DataConfig") -> Iterator[Problem]:
+    if (public := data.public_validation) is None:
+        return
+    yield from _records("data.public_validation", public)
+    places = [
+        records.path.expanduser().resolve() if records.path else records.source
+        for records in (public, data.private)
+    ]
+    if places[0] is not None and places[0] == places[1]:
+        yield (
+            "data.public_validation",
+            "must not be the private records themselves: epsilon would not cover what they decide. Give "
+            "other records, which are public.",
+        )
 
 
 def _task(task: str, data: "DataConfig") -> Iterator[Problem]:
@@ -132,6 +152,85 @@ def _training(training: "TrainingConfig", data: "DataConfig") -> Iterator[Proble
         yield (
             "training.micro_batch_tokens",
             f"must be at least data.max_length ({data.max_length}), got {training.micro_batch_tokens}.",
+        )
+
+
+def _early_stopping(training: "TrainingConfig", data: "DataConfig") -> Iterator[Problem]:
+    settings, path = training.early_stopping, "training.early_stopping"
+    uses_public = settings.method == "public_validation"
+    if uses_public and data.public_validation is None:
+        yield (
+            "data.public_validation",
+            f"required for {path}.method = 'public_validation'. Set data.public_validation.path to a file of "
+            "public records.",
+        )
+    if not uses_public and data.public_validation is not None:
+        yield (
+            "data.public_validation",
+            f"has no effect with {path}.method = {settings.method!r}. Remove it, or set the method to "
+            "'public_validation'.",
+        )
+    if settings.method == "noisy_test" and settings.epsilon is None:
+        yield (
+            f"{path}.epsilon",
+            "required for method = 'noisy_test': the budget of all tests together. Set it, such as 1.0.",
+        )
+    if settings.method != "noisy_test" and settings.epsilon is not None:
+        yield f"{path}.epsilon", f"has no effect with method = {settings.method!r}. Remove it."
+
+
+def _early_stopping_under_privacy(
+    training: "TrainingConfig", privacy: "PrivacyConfig", publish: "PublishConfig"
+) -> Iterator[Problem]:
+    settings, path = training.early_stopping, "training.early_stopping"
+    if settings.method != "none" and settings.every >= privacy.steps:
+        yield (
+            f"{path}.every",
+            f"must be below privacy.steps ({privacy.steps}), got {settings.every}: nothing could be stopped.",
+        )
+    if privacy.enabled and settings.method == "private_validation":
+        yield (
+            f"{path}.method",
+            "cannot be 'private_validation' with privacy.enabled = true: what is released would depend on "
+            "held-out records that no noise protects. Use 'public_validation' with public records in "
+            "data.public_validation, or 'noisy_test', which the ledger counts.",
+        )
+    if not privacy.enabled and settings.method == "noisy_test":
+        yield (
+            f"{path}.method",
+            "cannot be 'noisy_test' with privacy.enabled = false: there is no ledger to count it. Use "
+            "'private_validation' or 'public_validation'.",
+        )
+    spent = (settings.epsilon or 0.0) + (publish.release_epsilon or 0.0)
+    if privacy.enabled and settings.method == "noisy_test" and spent > privacy.target_epsilon:
+        yield (
+            f"{path}.epsilon",
+            f"must be at most privacy.target_epsilon ({privacy.target_epsilon:g}) together with "
+            f"publish.release_epsilon, got {spent:g}: held-out records pay for both. Lower one of the two.",
+        )
+
+
+def _early_stopping_of_task(training: "TrainingConfig", task: str) -> Iterator[Problem]:
+    if training.early_stopping.method == "noisy_test" and task == "generate":
+        yield (
+            "training.early_stopping.method",
+            "cannot be 'noisy_test' with task = 'generate': only right answers can be counted. Use "
+            "'public_validation'.",
+        )
+
+
+def _early_stopping_texts(
+    training: "TrainingConfig", data: "DataConfig", evaluation: "EvaluationConfig"
+) -> Iterator[Problem]:
+    settings = training.early_stopping
+    scored = max(evaluation.num_texts, evaluation.num_membership // 2, evaluation.num_attacked)
+    needed = settings.num_texts + scored
+    if settings.method in ("noisy_test", "private_validation") and data.min_held_out < needed:
+        yield (
+            "data.min_held_out",
+            f"must be at least {needed} with training.early_stopping.method = {settings.method!r}, got "
+            f"{data.min_held_out}: training.early_stopping.num_texts ({settings.num_texts}) held-out records "
+            f"decide when to stop, and {scored} others evaluate the model. Raise it, or lower those.",
         )
 
 
@@ -274,10 +373,15 @@ def _release_of_task(publish: "PublishConfig", task: str) -> Iterator[Problem]:
 _RULES: list[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]]] = [
     (("run_dir", "publish"), _folders),
     (("data",), _private_data),
+    (("data",), _public_validation),
     (("task", "data"), _task),
     (("data", "privacy"), _privacy_of_data),
     (("privacy",), _delta),
     (("training", "data"), _training),
+    (("training", "data"), _early_stopping),
+    (("training", "privacy", "publish"), _early_stopping_under_privacy),
+    (("training", "task"), _early_stopping_of_task),
+    (("training", "data", "evaluation"), _early_stopping_texts),
     (("adversarial",), _adversarial),
     (("evaluation", "data"), _evaluation),
     (("checkpoint",), _keys),

@@ -66,11 +66,18 @@ class PrivateDataConfig(Section):
     """File format. `auto` goes by the ending of the file name."""
 
 
+class PublicDataConfig(PrivateDataConfig):
+    """Where public records come from: exactly one of `source` and `path`."""
+
+
 class DataConfig(Section):
     """The private records and how they become model input."""
 
     private: PrivateDataConfig
     """Where the private records come from."""
+    public_validation: PublicDataConfig | None = None
+    """Public records, of the same shape as the private ones, that decide when to stop
+    (`training.early_stopping`). Epsilon does not protect them; a record must not be in both."""
     labels: list[str] = Field(default_factory=list)
     """The labels, for `task: classify`, as they stand in the data."""
     label_words: list[str] | None = None
@@ -132,18 +139,47 @@ class LoraConfig(Section):
     alpha: float = Field(default=8.0, gt=0)
     """Scale: an adapter's output is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout probability on the input of each adapter."""
+    """Dropout probability on the input of each adapter. A record's mask depends on the record, the step and
+    the seed alone; attacks and measurements run without dropout."""
     target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get an adapter, or `all-linear`."""
 
 
+class EarlyStoppingConfig(Section):
+    """When to end the training of the hardened model: once its score no longer rises.
+
+    The adapters of the best check are kept. Which one that is depends on the data, so a private run costs its
+    whole planned epsilon all the same. The plain fine-tune runs all its steps.
+    """
+
+    method: Literal["none", "public_validation", "noisy_test", "private_validation"] = "none"
+    """`public_validation`: the loss on `data.public_validation`. `noisy_test`: the share of held-out records
+    that are labelled right, with noise that the ledger counts. `private_validation`: the loss on held-out
+    records, without noise: not under privacy. `none`: all steps are run."""
+    every: int = Field(default=5, ge=1)
+    """Steps between two checks; the last step is checked too."""
+    patience: int = Field(default=3, ge=1)
+    """Checks in a row without a better score after which training ends."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """A score is better if it is more than this above the best: in nats of loss, or as a share of records."""
+    num_texts: int = Field(default=200, ge=1)
+    """Held-out records per check, for `noisy_test` and `private_validation`. They evaluate no model."""
+    epsilon: float | None = Field(default=None, gt=0)
+    """Budget of all noisy tests together, which only held-out records pay, in equal parts for each test that
+    `privacy.steps` allows. It is charged before the first one. Required for `noisy_test`."""
+
+
 class TrainingConfig(Section):
-    """The optimizer (Adam), the size of micro-batches, and what is saved and shown."""
+    """The optimizer (Adam), regularisation, the size of micro-batches, and what is saved and shown."""
 
     learning_rate: float = Field(gt=0)
     """Step size of Adam."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay of the adapters: each step multiplies them by 1 - learning_rate * weight_decay.
+    It reads no record, so it costs no privacy."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is spread evenly: over the label words, or over the vocabulary for
+    `task: generate`. Attacks and measurements use the loss without it."""
     betas: Pair = (0.9, 0.999)
     """Decay rates of Adam's two running means, each in [0, 1)."""
     eps: float = Field(default=1e-8, gt=0)
@@ -157,6 +193,8 @@ class TrainingConfig(Section):
     """Experiment trackers passed on to accelerate. They send un-noised numbers elsewhere: none by default."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     """The adapters."""
+    early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)
+    """Early stopping."""
 
 
 class AdversarialConfig(Section):

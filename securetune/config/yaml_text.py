@@ -97,7 +97,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+    has_line_break = len(text.splitlines()) > 1 or text.splitlines() != [text] * bool(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if has_line_break else None)
 
 
 def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:

@@ -166,7 +166,7 @@ class GenerateHead(CausalHead):
         supervised tokens has loss zero.
     """
 
-    def losses(self, inputs_embeds: Tensor, batch: Batch) -> Tensor:
+    def losses(self, inputs_embeds: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
         """Cross-entropy of the supervised tokens, averaged within each sample.
 
         The output layer is applied at the positions that predict a supervised token, nowhere else.
@@ -174,11 +174,13 @@ class GenerateHead(CausalHead):
         Args:
             inputs_embeds: ``[B, T, D]``: from :meth:`embed`, possibly perturbed.
             batch: The batch they belong to.
+            label_smoothing: Share of each token's target spread over the whole vocabulary, in [0, 1).
 
         Returns:
             ``[B]``, float32 (float64 for a float64 model).
         """
-        return self.token_losses(inputs_embeds, batch).sum(dim=1) / self.num_supervised(batch).clamp(min=1)
+        losses = self.token_losses(inputs_embeds, batch, label_smoothing=label_smoothing)
+        return losses.sum(dim=1) / self.num_supervised(batch).clamp(min=1)
 
     def num_supervised(self, batch: Batch) -> Tensor:
         """Count the tokens each sample's loss is averaged over.
@@ -191,12 +193,13 @@ class GenerateHead(CausalHead):
         """
         return batch.supervised[:, 1:].sum(dim=1).to(self._output.weight.device)
 
-    def token_losses(self, inputs_embeds: Tensor, batch: Batch) -> Tensor:
+    def token_losses(self, inputs_embeds: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
         """Cross-entropy of each supervised token.
 
         Args:
             inputs_embeds: ``[B, T, D]``: from :meth:`embed`, possibly perturbed.
             batch: The batch they belong to.
+            label_smoothing: Share of each token's target spread over the whole vocabulary, in [0, 1).
 
         Returns:
             ``[B, T - 1]``, float32 (float64 for a float64 model): entry ``t`` is the loss of token ``t + 1``,
@@ -206,20 +209,21 @@ class GenerateHead(CausalHead):
         is_target = batch.supervised[:, 1:].to(hidden.device)
         predicting = hidden[:, :-1][is_target]
         targets = batch.input_ids[:, 1:].to(hidden.device)[is_target]
-        losses = self._flat_losses(predicting, targets)
+        losses = self._flat_losses(predicting, targets, label_smoothing)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         spread = torch.zeros(is_target.shape, dtype=dtype, device=hidden.device)
         return spread.index_put((is_target,), losses)
 
-    def _flat_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _flat_losses(self, hidden: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         """Cross-entropy at ``N`` positions: ``[N, D]`` and ``[N]`` to ``[N]``, never keeping all logits."""
         weight, bias = self._output.weight, self._output.bias
         learns = weight.requires_grad or (bias is not None and bias.requires_grad)
         if self._transform is None and not learns:
-            return frozen_head_losses(hidden, weight, bias, targets)
+            return frozen_head_losses(hidden, weight, bias, targets, label_smoothing=label_smoothing)
 
         def compute(rows: Tensor, wanted: Tensor) -> Tensor:
-            return F.cross_entropy(self._logits(rows), wanted, reduction="none")
+            logits = self._logits(rows)
+            return F.cross_entropy(logits, wanted, reduction="none", label_smoothing=label_smoothing)
 
         slices = list(zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True))
         if len(slices) == 1 or not torch.is_grad_enabled():

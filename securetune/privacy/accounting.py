@@ -1,10 +1,11 @@
 """How much privacy a run costs: noise calibration and epsilon by privacy loss distributions (PLD).
 
-Every number here is for one mechanism: at each step a Poisson sample of the records (each record taken
-independently with probability ``sample_rate``), a sum of per-record vectors of L2 norm at most ``C``, and
-Gaussian noise of standard deviation ``noise_multiplier * C`` on that sum. Two data sets are neighbours when
-one is the other plus one record (add or remove one). The accountant is the ``dp-accounting`` package; it is
-imported on first use.
+Every number here is for one mechanism: at each step a secret random sample of the records, a sum of
+per-record vectors of L2 norm at most ``C``, and Gaussian noise of standard deviation ``noise_multiplier * C``
+on that sum. The sample is a Poisson sample (each record taken independently with probability
+``sample_rate``; two data sets are neighbours when one is the other plus one record: add or remove one) unless
+the phase says otherwise (:class:`securetune.privacy.loss_distribution.Sampling`). Where the unit is a user,
+read "user" for "record". The accountant is the ``dp-accounting`` package; it is imported on first use.
 
 The PLD discretisation rounds towards more loss ("connect the dots", Doroshenko et al. 2022,
 https://arxiv.org/abs/2207.04380), so each epsilon is an upper bound, whatever the grid.
@@ -16,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from securetune.errors import PrivacyError
 from securetune.privacy.loss_distribution import (
@@ -24,35 +25,44 @@ from securetune.privacy.loss_distribution import (
     FINE_INTERVAL,
     MEANINGLESS_EPSILON,
     MIN_NOISE_MULTIPLIER,
+    POISSON,
     Phase,
+    Sampling,
+    SamplingKind,
+    accountant_relation,
     check_delta,
     check_phase,
-    check_sample_rate,
+    check_phases,
+    check_sampling,
     check_steps,
-    closed_form_bound,
-    compose,
     epsilon_at,
     interval_for,
+    rdp_event,
     step_event,
 )
+from securetune.privacy.tradeoff import gdp_mu, max_true_positive_rate, max_true_positive_rate_of_run
 
 __all__ = [
     "EpsilonCurve",
     "Phase",
     "PrivacyPlan",
     "PrivacySpec",
+    "Sampling",
     "accountant_name",
     "calibrate_noise_multiplier",
     "epsilon_curve",
     "epsilon_of_phases",
     "epsilon_spent",
+    "gdp_mu",
     "max_true_positive_rate",
     "max_true_positive_rate_of_run",
     "plan_privacy",
     "rdp_epsilon",
+    "step_event",
+    "unit_statement",
 ]
 
-NEIGHBOURING_RELATION = "add or remove one"
+NEIGHBOURING_RELATION = POISSON.neighbouring_relation
 UNIT_STATEMENT = "one record; a person with several records is not covered"
 MAX_NOISE_MULTIPLIER = 10_000.0
 _CALIBRATION_TOLERANCE = 1e-5  # relative, on the noise multiplier
@@ -70,6 +80,10 @@ class PrivacySpec:
         steps: Planned number of steps, from 1 to ``MAX_STEPS``.
         max_grad_norm: Clipping threshold ``C`` > 0, in units of the gradient's L2 norm.
         expected_batch_size: Public divisor of the noised sum, in records, >= 1.
+        sampler: How the records of a step are chosen.
+        num_records: Number of records where epsilon depends on it, which makes it public; ``None`` for
+            Poisson sampling.
+        max_batch_size: Most records in one step; ``None`` for Poisson sampling.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -81,16 +95,24 @@ class PrivacySpec:
     steps: int
     max_grad_norm: float
     expected_batch_size: int
+    sampler: SamplingKind = "Poisson"
+    num_records: int | None = None
+    max_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         _check_target_epsilon(self.target_epsilon)
         check_delta(self.delta)
-        check_sample_rate(self.sample_rate)
+        check_sampling(self.sampling, self.sample_rate)
         check_steps(self.steps, at_least=1)
         if not 0 < self.max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm must be a finite number > 0, got {self.max_grad_norm}.")
         if self.expected_batch_size < 1:
             raise ValueError(f"expected_batch_size must be >= 1, got {self.expected_batch_size}.")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the records of a step are chosen, as the accountant takes it."""
+        return Sampling(self.sampler, self.num_records, self.max_batch_size)
 
 
 class EpsilonCurve(NamedTuple):
@@ -131,7 +153,10 @@ class PrivacyPlan:
         spec: What was asked for.
         noise_multiplier: Standard deviation of the noise on the sum, in units of ``spec.max_grad_norm``.
         epsilon: PLD epsilon of all planned steps at ``spec.delta``, at most ``spec.target_epsilon``.
-        rdp_epsilon: The same by Renyi accounting, a looser bound from other mathematics (cross-check).
+        rdp_epsilon: The same by Renyi accounting, a looser bound from other mathematics (cross-check);
+            ``None`` for truncated Poisson sampling, which the Renyi accountant cannot count.
+        gdp_mu: The whole run is at most as telling as one Gaussian of sensitivity ``mu`` and standard
+            deviation 1, at every delta from ``spec.delta`` up: an upper bound from the PLD.
         max_tpr_at_1pct_fpr: Highest true-positive rate, at 1 % false positives, of any membership attack on
             one record that ``(epsilon, delta)`` allows.
         max_tpr_at_1pct_fpr_pld: The same from the whole PLD: tighter.
@@ -142,11 +167,38 @@ class PrivacyPlan:
     spec: PrivacySpec
     noise_multiplier: float
     epsilon: float
-    rdp_epsilon: float
+    rdp_epsilon: float | None
+    gdp_mu: float
     max_tpr_at_1pct_fpr: float
     max_tpr_at_1pct_fpr_pld: float
     curve: EpsilonCurve
     accountant: str
+
+    @property
+    def phase(self) -> Phase:
+        """The whole planned run, as the accountant takes it."""
+        return Phase(self.noise_multiplier, self.spec.sample_rate, self.spec.steps, self.spec.sampling)
+
+
+def unit_statement(unit: str) -> str:
+    """Say in words whom epsilon protects, for plans and reports.
+
+    Args:
+        unit: "record" or "user".
+
+    Returns:
+        The statement.
+
+    Raises:
+        ValueError: If there is no such unit.
+    """
+    statements = {
+        "record": UNIT_STATEMENT,
+        "user": "one user with all records under that user's id; a person with several ids is not covered",
+    }
+    if unit not in statements:
+        raise ValueError(f"unit must be one of {', '.join(statements)}, got {unit!r}.")
+    return statements[unit]
 
 
 def accountant_name() -> str:
@@ -171,12 +223,16 @@ def plan_privacy(spec: PrivacySpec) -> PrivacyPlan:
         PrivacyError: If no allowed noise reaches the target, or the two accountants contradict each other.
     """
     noise_multiplier = calibrate_noise_multiplier(
-        target_epsilon=spec.target_epsilon, delta=spec.delta, sample_rate=spec.sample_rate, steps=spec.steps
+        target_epsilon=spec.target_epsilon,
+        delta=spec.delta,
+        sample_rate=spec.sample_rate,
+        steps=spec.steps,
+        sampling=spec.sampling,
     )
-    phase = Phase(noise_multiplier, spec.sample_rate, spec.steps)
+    phase = Phase(noise_multiplier, spec.sample_rate, spec.steps, spec.sampling)
     epsilon = epsilon_of_phases([phase], spec.delta)
-    cross_check = rdp_epsilon([phase], spec.delta)
-    if cross_check < epsilon * (1 - 1e-3):  # the PLD grid may cost PLD a little
+    cross_check = None if spec.sampler == "truncated Poisson" else rdp_epsilon([phase], spec.delta)
+    if cross_check is not None and cross_check < epsilon * (1 - 1e-3):  # the PLD grid may cost PLD a little
         raise PrivacyError(
             f"the accountants contradict each other: PLD epsilon {epsilon:.6g} is above RDP epsilon "
             f"{cross_check:.6g}, at noise_multiplier={noise_multiplier:.6g}, "
@@ -188,6 +244,7 @@ def plan_privacy(spec: PrivacySpec) -> PrivacyPlan:
         noise_multiplier=noise_multiplier,
         epsilon=epsilon,
         rdp_epsilon=cross_check,
+        gdp_mu=gdp_mu([phase], spec.delta),
         max_tpr_at_1pct_fpr=max_true_positive_rate(epsilon, spec.delta, 0.01),
         max_tpr_at_1pct_fpr_pld=max_true_positive_rate_of_run([phase], 0.01),
         curve=epsilon_curve(phase, spec.delta),
@@ -196,7 +253,7 @@ def plan_privacy(spec: PrivacySpec) -> PrivacyPlan:
 
 
 def calibrate_noise_multiplier(
-    *, target_epsilon: float, delta: float, sample_rate: float, steps: int
+    *, target_epsilon: float, delta: float, sample_rate: float, steps: int, sampling: Sampling = POISSON
 ) -> float:
     """Find the least noise that keeps ``steps`` steps within ``(target_epsilon, delta)``.
 
@@ -209,6 +266,7 @@ def calibrate_noise_multiplier(
         delta: In (0, 1).
         sample_rate: Probability in (0, 1] of each record at each step.
         steps: Number of steps, from 1 to ``MAX_STEPS``.
+        sampling: How the records of a step are chosen.
 
     Returns:
         The noise multiplier: standard deviation of the noise on the sum, over the clipping threshold.
@@ -219,12 +277,13 @@ def calibrate_noise_multiplier(
     """
     _check_target_epsilon(target_epsilon)
     check_delta(delta)
-    check_sample_rate(sample_rate)
+    check_sampling(sampling, sample_rate)
     check_steps(steps, at_least=1)
     asked = f"target_epsilon={target_epsilon:g}, delta={delta:g}, sample_rate={sample_rate:g}, steps={steps}"
 
     def gap(noise_multiplier: float, interval: float) -> float:
-        return epsilon_at((Phase(noise_multiplier, sample_rate, steps),), delta, interval) - target_epsilon
+        phase = Phase(noise_multiplier, sample_rate, steps, sampling)
+        return epsilon_at((phase,), delta, interval) - target_epsilon
 
     if sample_rate < 1 and -math.expm1(steps * math.log1p(-sample_rate)) <= delta:
         raise PrivacyError(
@@ -295,10 +354,10 @@ def epsilon_of_phases(phases: Sequence[Phase], delta: float) -> float:
 
     Raises:
         ValueError: If an argument is out of range.
+        PrivacyError: If the phases' samplings speak of different neighbours.
     """
     check_delta(delta)
-    for phase in phases:
-        check_phase(phase)
+    check_phases(phases)
     taken = tuple(phase for phase in phases if phase.steps > 0)
     return epsilon_at(taken, delta, interval_for(sum(phase.steps for phase in taken)))
 
@@ -306,7 +365,8 @@ def epsilon_of_phases(phases: Sequence[Phase], delta: float) -> float:
 def rdp_epsilon(phases: Sequence[Phase], delta: float) -> float:
     """Compute epsilon by Renyi differential privacy, the cross-check of the PLD value.
 
-    The sampled Gaussian mechanism of Mironov, Talwar and Zhang 2019, https://arxiv.org/abs/1908.10530.
+    The sampled Gaussian mechanism of Mironov, Talwar and Zhang 2019, https://arxiv.org/abs/1908.10530; for
+    samples of fixed size Wang, Balle and Kasiviswanathan 2019, https://arxiv.org/abs/1808.00087, theorem 27.
 
     Args:
         phases: As for :func:`epsilon_of_phases`.
@@ -316,18 +376,25 @@ def rdp_epsilon(phases: Sequence[Phase], delta: float) -> float:
         An upper bound on epsilon at ``delta``, above the PLD's up to the grid of the latter.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or a phase samples in a way that the accountant cannot
+            count (truncated Poisson).
+        PrivacyError: If the phases' samplings speak of different neighbours.
     """
     from dp_accounting.rdp import RdpAccountant
 
     check_delta(delta)
-    accountant = RdpAccountant()
+    check_phases(phases)
+    relation = accountant_relation(phases[0].sampling if phases else POISSON)
+    accountant = RdpAccountant(neighboring_relation=relation)
     # Some orders do not converge and are left out with a warning each: the bound stays valid, the noise helps
     # nobody.
     with _quiet_absl():
         for phase in phases:
-            check_phase(phase)
-            accountant.compose(step_event(phase.noise_multiplier, phase.sample_rate), phase.steps)
+            event = rdp_event(phase.noise_multiplier, phase.sample_rate, phase.sampling)
+            if event is None:
+                raise ValueError(f"the Renyi accountant cannot count {phase.sampling.kind} sampling.")
+            if phase.steps > 0:
+                accountant.compose(event, phase.steps)
         return float(accountant.get_epsilon(delta))
 
 
@@ -360,64 +427,6 @@ def epsilon_curve(phase: Phase, delta: float, *, num_points: int = 20) -> Epsilo
         epsilon = epsilon_at((phase._replace(steps=count),), delta, interval)
         epsilons.append(max([epsilon, *epsilons[-1:]]))
     return EpsilonCurve(steps, tuple(epsilons))
-
-
-def max_true_positive_rate(epsilon: float, delta: float, false_positive_rate: float = 0.01) -> float:
-    """Bound what any attack can tell about one record's membership from an (epsilon, delta) run.
-
-    The hypothesis-testing region of Kairouz, Oh and Viswanath 2015, https://arxiv.org/abs/1311.0776, section
-    2.
-
-    Args:
-        epsilon: >= 0.
-        delta: In [0, 1].
-        false_positive_rate: Fraction of non-members the attack calls members, in [0, 1].
-
-    Returns:
-        The highest fraction of members that such an attack can find.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon must be >= 0, got {epsilon}.")
-    if not 0 <= delta <= 1:
-        raise ValueError(f"delta must be in [0, 1], got {delta}.")
-    if not 0 <= false_positive_rate <= 1:
-        raise ValueError(f"false_positive_rate must be in [0, 1], got {false_positive_rate}.")
-    few_alarms = math.exp(min(epsilon, 700.0)) * false_positive_rate + delta
-    few_misses = 1 - math.exp(-epsilon) * (1 - delta - false_positive_rate)
-    return max(0.0, min(1.0, few_alarms, few_misses))
-
-
-def max_true_positive_rate_of_run(phases: Sequence[Phase], false_positive_rate: float = 0.01) -> float:
-    """Bound a membership attack by all pairs (epsilon, delta) that a run satisfies, not by one of them.
-
-    Args:
-        phases: The run, at least one step.
-        false_positive_rate: Fraction of non-members the attack calls members, in [0, 1].
-
-    Returns:
-        A bound at most as high as :func:`max_true_positive_rate` at any one pair, up to the grid of pairs.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
-    for phase in phases:
-        check_phase(phase)
-    taken = tuple(phase for phase in phases if phase.steps > 0)
-    if not taken:
-        return max_true_positive_rate(0.0, 0.0, false_positive_rate)
-    if closed_form_bound(taken, 0.01) > MEANINGLESS_EPSILON:
-        return 1.0
-    pld = compose(taken, interval_for(sum(phase.steps for phase in taken)))
-    largest = min(pld.get_epsilon_for_delta(1e-12), 50.0)  # beyond, no pair bounds anything
-    epsilons = [largest * i / 1000 for i in range(1001)]
-    deltas: Any = pld.get_delta_for_epsilon(epsilons)
-    return min(
-        max_true_positive_rate(epsilon, min(max(float(delta), 0.0), 1.0), false_positive_rate)
-        for epsilon, delta in zip(epsilons, deltas, strict=True)
-    )
 
 
 def _root(gap: Callable[[float], float], lower: float, upper: float) -> float:

@@ -11,9 +11,9 @@ import math
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from securetune.errors import DataError, PrivacyError
 from securetune.files import append_durable, canonical_json, fsync_folder, parse_json
@@ -25,7 +25,18 @@ from securetune.privacy.accounting import (
     max_true_positive_rate,
     max_true_positive_rate_of_run,
 )
-from securetune.privacy.loss_distribution import MAX_STEPS, MIN_NOISE_MULTIPLIER, Phase
+from securetune.privacy.loss_distribution import (
+    MAX_STEPS,
+    MIN_NOISE_MULTIPLIER,
+    Phase,
+    Sampling,
+    SamplingKind,
+    check_sampling,
+)
+
+if TYPE_CHECKING:
+    from securetune.privacy.sampling import Sampler
+    from securetune.privacy.units import UserSampler
 
 __all__ = ["Ledger", "LedgerHeader", "LedgerState", "read_ledger"]
 
@@ -41,11 +52,14 @@ class LedgerHeader(BaseModel):
     Attributes:
         format: Name and version of the file format.
         unit: Whose presence the guarantee hides; a person with several units is not covered as a whole.
-        neighbouring_relation: How two neighbouring data sets differ.
-        sampler: How the records of a step are chosen.
+        neighbouring_relation: How two neighbouring data sets differ; it follows from the sampler.
+        sampler: How the units of a step are chosen.
         accountant: Name and version of what computes epsilon.
         noise_multiplier: Noise standard deviation over ``max_grad_norm``.
-        sample_rate: Probability in (0, 1] of each unit at each step.
+        sample_rate: Probability in (0, 1] of each unit at each step, before truncation.
+        num_records: Number of units, where epsilon depends on it and it is public for that reason; ``None``
+            for Poisson sampling, where it is private and never written.
+        max_batch_size: Most units in one step; ``None`` for Poisson sampling.
         max_grad_norm: Clipping threshold ``C``, in units of the gradient's L2 norm.
         delta: Probability allowed for the guarantee to fail, in (0, 1).
         expected_batch_size: Public divisor of the noised sum, in units.
@@ -59,30 +73,66 @@ class LedgerHeader(BaseModel):
     format: Literal["securetune.ledger/1"] = FORMAT
     unit: str = "record"
     neighbouring_relation: str = NEIGHBOURING_RELATION
-    sampler: str = "Poisson"
+    sampler: SamplingKind = "Poisson"
     accountant: str = Field(default_factory=accountant_name)
     noise_multiplier: float = Field(ge=MIN_NOISE_MULTIPLIER, allow_inf_nan=False)
     sample_rate: float = Field(gt=0, le=1)
+    num_records: int | None = None
+    max_batch_size: int | None = None
     max_grad_norm: _Positive
     delta: float = Field(gt=0, lt=1)
     expected_batch_size: int = Field(ge=1)
     planned_steps: int = Field(ge=1, le=MAX_STEPS)
     reportable_epsilon: bool = True
 
+    @model_validator(mode="after")
+    def _check_sampler(self) -> Self:
+        check_sampling(self.sampling, self.sample_rate)
+        relation = self.sampling.neighbouring_relation
+        if self.neighbouring_relation != relation:
+            raise ValueError(
+                f"neighbouring_relation must be {relation!r} under {self.sampler} sampling, got "
+                f"{self.neighbouring_relation!r}"
+            )
+        return self
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the units of a step are chosen, as the accountant takes it."""
+        return Sampling(self.sampler, self.num_records, self.max_batch_size)
+
     @classmethod
-    def from_plan(cls, plan: PrivacyPlan, *, reportable_epsilon: bool, unit: str = "record") -> Self:
+    def from_plan(
+        cls,
+        plan: PrivacyPlan,
+        *,
+        reportable_epsilon: bool,
+        unit: str = "record",
+        sampler: "Sampler | UserSampler | None" = None,
+    ) -> Self:
         """Take the constants of a plan.
 
         Args:
             plan: What the run will do.
             reportable_epsilon: Whether both the sampler and the noise have secret keys.
             unit: Whose presence the guarantee hides.
+            sampler: What will draw the units; it must sample as planned.
 
         Returns:
             The header of the run's ledger.
+
+        Raises:
+            PrivacyError: If the sampler does not sample as planned, samples other units, or has a fixed test
+                key although an epsilon is to be reported.
         """
+        if sampler is not None:
+            _refuse_other_sampler(plan, unit, reportable_epsilon, sampler)
         return cls(
             unit=unit,
+            neighbouring_relation=plan.spec.sampling.neighbouring_relation,
+            sampler=plan.spec.sampler,
+            num_records=plan.spec.num_records,
+            max_batch_size=plan.spec.max_batch_size,
             accountant=plan.accountant,
             noise_multiplier=plan.noise_multiplier,
             sample_rate=plan.spec.sample_rate,
@@ -116,7 +166,8 @@ class LedgerState(NamedTuple):
     @property
     def phase(self) -> Phase:
         """The charged steps as the accountant takes them."""
-        return Phase(self.header.noise_multiplier, self.header.sample_rate, self.steps_charged)
+        header = self.header
+        return Phase(header.noise_multiplier, header.sample_rate, self.steps_charged, header.sampling)
 
     def epsilon(self) -> float | None:
         """Compute what training has cost so far.
@@ -378,6 +429,25 @@ def _open_locked(path: Path) -> BinaryIO:
             "run_dir of its own."
         ) from error
     return file
+
+
+def _refuse_other_sampler(
+    plan: PrivacyPlan, unit: str, reportable_epsilon: bool, sampler: "Sampler | UserSampler"
+) -> None:
+    drawn = sampler.phase(plan.noise_multiplier, plan.spec.steps)
+    statement = sampler.describe()
+    if drawn != plan.phase or statement.unit != unit:
+        raise PrivacyError(
+            "the sampler draws otherwise than planned, so the plan's epsilon is not that of the run:\n"
+            f"  sampler: {statement.unit}s, {drawn}\n"
+            f"  plan: {unit}s, {plan.phase}\n"
+            "Make the sampler from the plan's constants."
+        )
+    if reportable_epsilon and not sampler.reportable_epsilon:
+        raise PrivacyError(
+            "the sampler has a fixed key, for tests: its samples are not secret and no epsilon holds. Make "
+            "it without a key, or set reportable_epsilon to false."
+        )
 
 
 def _refuse_other_header(path: Path, found: LedgerHeader, asked: LedgerHeader) -> None:

@@ -25,7 +25,7 @@ https://doi.org/10.1145/2382196.2382264), and an attacker who reads this process
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from securetune.errors import PrivacyError
 
-__all__ = ["KEY_BYTES", "SAMPLING_STREAM", "NoiseSource", "keystream_words"]
+__all__ = ["KEY_BYTES", "SAMPLING_STREAM", "Noise", "NoiseSource", "keystream_words"]
 
 KEY_BYTES = 32
 SAMPLING_STREAM = 2**32 - 1  # the sampler's; noise uses the streams below 2**31
@@ -45,6 +45,14 @@ MAX_INDEX = 2**48  # far above any model, far below the 2**67 that the layout ho
 _WORDS_PER_BLOCK = 8
 _BLOCK_BYTES = 64
 _CHUNK_WORDS = 1 << 16  # 512 KiB of float64: stays in cache and bounds memory
+
+
+class Noise(Protocol):
+    """Position-addressed Gaussian noise: independent (:class:`NoiseSource`) or correlated over steps."""
+
+    def normal(self, *, step: int, stream: int = 0, start: int = 0, count: int, stddev: float) -> Tensor:
+        """Return the noise of the entries ``[start, start + count)``; see :meth:`NoiseSource.normal`."""
+        ...
 
 
 class NoiseSource:

@@ -3,28 +3,84 @@
 The private one is Algorithm 1 of Abadi et al. 2016, https://arxiv.org/abs/1607.00133.
 
 Micro-batches are accumulated in float32, so any micro-batch size gives the same result up to rounding. The
-private step then charges the ledger, adds noise once to the clipped sum, divides by a public constant, and
-lets any optimizer update.
+private step then charges the ledger, adds noise once to the clipped sum, divides by a public constant, adds
+the public gradient if there is one, and lets any optimizer update.
+
+Dimensions: ``B`` samples, ``U`` privacy units, ``P`` trainable parameters.
 """
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from securetune.errors import PrivacyError
-from securetune.privacy.ledger import Ledger
-from securetune.privacy.noise import NoiseSource
+from securetune.privacy.clipping import Clipping, FlatClipping
+from securetune.privacy.ledger import LedgerState
+from securetune.privacy.noise import Noise
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune_kernels import clip_and_accumulate
 
 GRADIENT_NOISE_STREAM = 0
+_NOISE_CHUNK = 1 << 24  # 64 MiB of noise at a time
+
+
+class Charges(Protocol):
+    """Where a run is charged before its noise exists; see :class:`securetune.privacy.ledger.Ledger`."""
+
+    @property
+    def state(self) -> LedgerState:
+        """What was charged so far, and the run's public constants."""
+        ...
+
+    def charge(self) -> int:
+        """Charge one step durably, or raise if the budget is spent."""
+        ...
+
+
+class Shard(NamedTuple):
+    """A part of the summed gradient that this process owns after the reduction.
+
+    Attributes:
+        values: 1-D, float32: entries ``[start, start + len(values))`` of the canonical flat vector.
+        start: Canonical flat index of the first entry: where its noise is addressed.
+    """
+
+    values: Tensor
+    start: int
+
+
+class Reduction(Protocol):
+    """How the sums of several processes become one, and which part of it each process owns."""
+
+    def reduce_sum(self, summed: Tensor) -> list[Shard]:
+        """Add the sums of all processes.
+
+        Args:
+            summed: ``[P]``, float32: this process' sum.
+
+        Returns:
+            The shards that this process updates; together the processes own every entry once.
+        """
+        ...
+
+
+class SingleProcess:
+    """One process owns everything."""
+
+    def reduce_sum(self, summed: Tensor) -> list[Shard]:
+        """Return the whole sum as one shard."""
+        return [Shard(summed, 0)]
 
 
 class OrdinaryStep:
     """Accumulate gradients over micro-batches, then update: the step without privacy, for the baseline.
 
     Args:
-        grads: Per-sample gradients of the model's adapters.
-        optimizer: Any torch optimizer over ``[grads.flat_params]``.
+        grads: Per-sample gradients of the model's trainable parameters.
+        optimizer: Any torch optimizer over all of the trainable parameters and nothing else, or over
+            ``[grads.flat_params]``.
         expected_batch_size: Divisor of the summed gradient, > 0.
     """
 
@@ -33,13 +89,11 @@ class OrdinaryStep:
     ) -> None:
         if not expected_batch_size > 0:
             raise PrivacyError(f"expected_batch_size must be > 0, got {expected_batch_size}.")
-        _refuse_other_parameters(grads, optimizer)
         self.grads = grads
         self.optimizer = optimizer
         self.expected_batch_size = expected_batch_size
-        self.summed = torch.zeros(
-            grads.num_params, dtype=torch.float32, device=grads.flat_params.device
-        )  # [P]
+        self.summed = torch.zeros(grads.num_params, dtype=grads.compute_dtype, device=grads.device)  # [P]
+        _refuse_other_parameters(grads, optimizer)
 
     def accumulate(self, losses: Tensor) -> Tensor:
         """Add a micro-batch's gradients.
@@ -50,41 +104,54 @@ class OrdinaryStep:
         Returns:
             ``[B]``, float32: gradient norms.
         """
-        rows = self.grads.backward(losses)
-        self.summed += rows.sum(dim=0)
-        return torch.linalg.vector_norm(rows, dim=1)
+        batch = self.grads.backward(losses)
+        norms = batch.squared_norms().sqrt().squeeze(1)
+        batch.accumulate(torch.ones_like(norms)[:, None], self.summed)
+        return norms
 
     def finish(self) -> None:
         """Update the parameters from the accumulated gradient and start the next step."""
-        self._update()
+        self._update(self.summed.div_(self.expected_batch_size))
 
-    def _update(self) -> None:
-        self.grads.flat_params.grad = (self.summed / self.expected_batch_size).to(
-            self.grads.flat_params.dtype
-        )
+    def _update(self, gradient: Tensor) -> None:
+        _refuse_other_parameters(self.grads, self.optimizer)
+        parameters, flat = self.grads.owned_by_optimizer
+        owns_flat = flat is not None and self.optimizer.param_groups[0]["params"][0] is flat
+        if flat is not None and owns_flat:
+            flat.grad = gradient.to(flat.dtype)
+        else:
+            for place in self.grads.parameters:
+                part = gradient[place.start : place.stop].view_as(place.parameter)
+                place.parameter.grad = part.to(place.parameter.dtype)
         self.optimizer.step()
-        self.grads.flat_params.grad = None
+        for parameter in [*parameters, *([] if flat is None else [flat])]:
+            parameter.grad = None
         self.summed.zero_()
 
 
 class PrivateStep(OrdinaryStep):
-    """The DP-SGD step: clip each sample, sum, add noise once, divide by a public constant, update.
+    """The DP-SGD step: clip each unit, sum, add noise once, divide by a public constant, update.
 
     Guarantees:
-        Adding or removing one sample moves the accumulated sum by at most ``max_grad_norm`` in L2 norm. The
-        noise has standard deviation ``noise_multiplier * max_grad_norm``, is drawn once per step in float32,
-        and is added even when no sample was drawn. The step is in the ledger, on disk, before its noise
-        exists. A sample whose gradient is not finite contributes exactly zero.
+        Adding or removing one privacy unit moves the accumulated sum by at most ``clipping.sensitivity`` in
+        L2 norm. The noise follows from that same object, is drawn once per step in float32, and is added even
+        when no sample was drawn. The step is in the ledger, on disk, before its noise exists. A unit whose
+        gradient is not finite contributes exactly zero. The public gradient is neither clipped nor noised.
 
     Args:
-        grads: Per-sample gradients of the model's adapters.
-        optimizer: Any torch optimizer over ``[grads.flat_params]``; weight decay is applied to released
-            parameters only.
-        max_grad_norm: Clipping threshold ``C`` > 0, in units of the gradient's L2 norm.
-        noise_multiplier: Noise standard deviation over ``C``, >= 0.
+        grads: Per-sample gradients of the model's trainable parameters.
+        optimizer: Any torch optimizer over all of the trainable parameters and nothing else, or over
+            ``[grads.flat_params]``; weight decay is applied to released parameters only.
+        clipping: Bounds each unit's gradient, and owns the sensitivity.
+        noise_multiplier: Noise standard deviation over the sensitivity, >= 0.
         expected_batch_size: Public divisor of the noisy sum; never the number of samples drawn.
         noise: Position-addressed noise under a key of its own.
         ledger: Where every step is charged.
+        reduction: How several processes add up.
+
+    Raises:
+        PrivacyError: If a value is out of its range, the ledger was opened for another noise multiplier, or
+            the optimizer owns other parameters than the trainable ones.
     """
 
     def __init__(
@@ -92,36 +159,82 @@ class PrivateStep(OrdinaryStep):
         grads: PerSampleGradients,
         optimizer: torch.optim.Optimizer,
         *,
-        max_grad_norm: float,
+        clipping: Clipping,
         noise_multiplier: float,
         expected_batch_size: int,
-        noise: NoiseSource,
-        ledger: Ledger,
+        noise: Noise,
+        ledger: Charges,
+        reduction: Reduction | None = None,
     ) -> None:
         super().__init__(grads, optimizer, expected_batch_size=expected_batch_size)
-        if not max_grad_norm > 0:
-            raise PrivacyError(f"max_grad_norm must be > 0, got {max_grad_norm}.")
         if not noise_multiplier >= 0:
             raise PrivacyError(f"noise_multiplier must be >= 0, got {noise_multiplier}.")
-        self.max_grad_norm = max_grad_norm
+        charged = ledger.state.header.noise_multiplier
+        if charged != noise_multiplier:
+            raise PrivacyError(
+                f"the ledger charges steps of noise_multiplier {charged}, the step would add noise of "
+                f"{noise_multiplier}. Give both the plan's."
+            )
+        self.clipping = clipping
         self.noise_multiplier = noise_multiplier
+        self._group_of = clipping.assign(grads.parameter_names())
+        clipping.noise_stddev(noise_multiplier)  # refuses before anything is charged
         self._noise = noise
         self._ledger = ledger
+        self._reduction = reduction or SingleProcess()
         self._steps_finished = 0
+        self._public: Tensor | None = None  # [P], the weighted public gradient of this step
+        self._private_ids: set[Hashable] = set()
+        self._public_ids: set[Hashable] = set()
 
-    def accumulate(self, losses: Tensor) -> Tensor:
+    def accumulate(self, losses: Tensor, unit_ids: Sequence[Hashable] | None = None) -> Tensor:
         """Add a micro-batch's clipped gradients.
 
         Args:
             losses: ``[B]``, one loss per sample, attached to their graph.
+            unit_ids: Privacy unit of each sample (a user, say); all samples and all adversarial views of a
+                unit must come in one micro-batch, and are clipped as one. Every sample is a unit of its own
+                when None.
 
         Returns:
-            ``[B]``, float32: gradient norms before clipping. They are un-noised statistics of private data,
-                which
-            epsilon does not cover.
+            ``[U]``, float32: gradient norms before clipping, units in order of appearance. They are un-noised
+                statistics of private data, which epsilon does not cover.
+
+        Raises:
+            PrivacyError: If a unit was in an earlier micro-batch of this step, or among the public records.
         """
-        rows = self.grads.backward(losses)
-        return clip_and_accumulate(rows, self.summed, self.max_grad_norm)
+        if unit_ids is not None:
+            self._remember(self._private_ids, unit_ids, self._public_ids)
+        batch = self.grads.backward(losses, unit_ids)
+        rows = batch.flat_rows
+        if type(self.clipping) is FlatClipping and rows is not None and rows.dtype == torch.float32:
+            norms = clip_and_accumulate(rows, self.summed, self.clipping.max_grad_norm)
+            self.clipping.factors(norms.double().square()[:, None])  # it counts the clipped ones
+            return norms
+        squared = batch.squared_norms(self._group_of, self.clipping.num_groups)
+        batch.accumulate(self.clipping.factors(squared), self.summed, self._group_of)
+        return squared.sum(dim=1).sqrt()
+
+    def accumulate_public(
+        self, losses: Tensor, *, weight: float = 1.0, record_ids: Sequence[Hashable] | None = None
+    ) -> None:
+        """Add the gradient of public records, which is neither clipped, noised nor counted.
+
+        Args:
+            losses: ``[B]``, one loss per public record, attached to their graph.
+            weight: Factor of this micro-batch's summed gradient in the update, next to the private one, which
+                is divided by ``expected_batch_size``: ``1 / B`` for a mean.
+            record_ids: Ids of the records, in the same naming as the private ``unit_ids``.
+
+        Raises:
+            PrivacyError: If a record is among the private ones of this step.
+        """
+        if record_ids is not None:
+            self._remember(self._public_ids, record_ids, self._private_ids)
+        batch = self.grads.backward(losses)
+        if self._public is None:
+            self._public = torch.zeros_like(self.summed)
+        batch.accumulate(self.summed.new_full((batch.num_units, 1), weight), self._public)
 
     def finish(self) -> None:
         """Charge the ledger, add noise, update, and start the next step.
@@ -129,26 +242,75 @@ class PrivateStep(OrdinaryStep):
         Raises:
             PrivacyError: If the planned budget is spent; nothing is released then.
         """
+        step = self._steps_finished
         self._ledger.charge()
-        stddev = self.noise_multiplier * self.max_grad_norm
-        noise = self._noise.normal(
-            step=self._steps_finished,
-            stream=GRADIENT_NOISE_STREAM,
-            start=0,
-            count=self.summed.numel(),
-            stddev=stddev,
-        )
         self._steps_finished += 1
-        self.summed += noise.to(self.summed.device)
-        self._update()
+        stddev = self.clipping.noise_stddev(self.noise_multiplier)
+        for shard in self._reduction.reduce_sum(self.summed):
+            self._add_noise(shard, step, stddev)
+        self.clipping.finish(self._noise, step=step, noise_multiplier=self.noise_multiplier)
+        gradient = self.summed.div_(self.expected_batch_size)
+        if self._public is not None:
+            gradient += self._public
+        self._update(gradient)
+        self._public = None
+        self._private_ids.clear()
+        self._public_ids.clear()
+
+    def _add_noise(self, shard: Shard, step: int, stddev: float) -> None:
+        for start in range(0, len(shard.values), _NOISE_CHUNK):
+            values = shard.values[start : start + _NOISE_CHUNK]
+            values += self._noise.normal(
+                step=step,
+                stream=GRADIENT_NOISE_STREAM,
+                start=shard.start + start,
+                count=len(values),
+                stddev=stddev,
+            ).to(values)
+
+    @staticmethod
+    def _remember(own: set[Hashable], ids: Sequence[Hashable], others: set[Hashable]) -> None:
+        shared = others.intersection(ids)
+        if shared:
+            raise PrivacyError(
+                f"{len(shared)} records are private and public in one step, first {next(iter(shared))!r}. A "
+                "public gradient has no noise, so such a record would not be protected: remove it from the "
+                "public set."
+            )
+        again = own.intersection(ids)
+        if again:
+            raise PrivacyError(
+                f"{len(again)} units are in two micro-batches of one step, first {next(iter(again))!r}. Each "
+                "part would be clipped for itself, and the unit would count twice: put all of its samples "
+                "into one."
+            )
+        own.update(ids)
 
 
 def _refuse_other_parameters(grads: PerSampleGradients, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer must own the flat vector and nothing else: anything else would train without noise."""
+    """The optimizer must own the trainable parameters and nothing else, which would train without noise."""
     owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if len(owned) != 1 or owned[0] is not grads.flat_params:
+    parameters, flat = grads.owned_by_optimizer
+    if len(owned) == 1 and owned[0] is flat:
+        return
+    expected = {id(parameter) for parameter in parameters}
+    found = {id(parameter) for parameter in owned if parameter.requires_grad}
+    missing = [place.name for place in grads.parameters if id(place.parameter) not in found]
+    unknown = len(found - expected)
+    if missing or unknown:
         raise PrivacyError(
-            f"the optimizer must own exactly the flat adapter vector (grads.flat_params), got {len(owned)} "
-            "parameters. "
-            "Create it as torch.optim.AdamW([grads.flat_params], ...)."
+            f"the optimizer must own exactly the trainable parameters: {len(missing)} are missing"
+            f"{f' ({missing[0]}, ...)' if missing else ''}, {unknown} are unknown to the per-sample "
+            "gradients and would train without noise. Create it over [p for p in model.parameters() if "
+            "p.requires_grad], or over [grads.flat_params]."
         )
+
+
+__all__ = [
+    "GRADIENT_NOISE_STREAM",
+    "OrdinaryStep",
+    "PrivateStep",
+    "Reduction",
+    "Shard",
+    "SingleProcess",
+]

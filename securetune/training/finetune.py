@@ -1,7 +1,8 @@
 """Train one model of a run and seal it: the plain fine-tune, or the private and hardened model."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,12 +17,14 @@ from securetune.errors import CheckpointError, PrivacyError
 from securetune.models.adapters import adapt, adapter_files, load_adapter
 from securetune.models.base import BaseModel, load_base
 from securetune.models.task import ClassifyHead, GenerateHead
+from securetune.privacy.clipping import FlatClipping
 from securetune.privacy.ledger import Ledger, LedgerHeader
 from securetune.privacy.noise import NoiseSource
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.sampling import PoissonSampler
 from securetune.privacy.step import OrdinaryStep, PrivateStep
 from securetune.training.access import Access, forget
+from securetune.training.dropout import AdapterDropout
 from securetune.training.folder import RunFolder
 from securetune.training.loop import (
     Adversary,
@@ -35,6 +38,7 @@ from securetune.training.plan import Plan
 from securetune.training.prepare import PreparedData, probe_examples
 from securetune.training.progress import TrainingProgress
 from securetune.training.state import SavedState, load_state, save_state
+from securetune.training.stopping import EarlyStopping, make_score
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
 Subject = Literal["base", "plain", "hardened"]
 SUBJECTS: tuple[Subject, ...] = ("base", "plain", "hardened")
 Log = Callable[[dict[str, Any]], None]
+
+_logger = logging.getLogger(__name__)
 
 
 def checkpoint_of(run: RunFolder, subject: Subject) -> Path:
@@ -61,13 +67,14 @@ def fine_tune(
 ) -> None:
     """Train a model and seal it; go on where a killed run stopped.
 
-    The plain fine-tune has the same number of steps, expected batch and optimizer, without privacy and
-    without adversarial training.
+    The plain fine-tune has the same number of steps, expected batch, optimizer, dropout and label smoothing,
+    without privacy, adversarial training and early stopping.
 
     Guarantees:
         Every private step is in the ledger before its noise is released. A resumed run draws new keys for
         noise and sampling; steps that were charged but not saved are lost, so the run has fewer steps and
-        never more epsilon.
+        never more epsilon. When a run stops depends on data, so one that stops early charges all its planned
+        steps: its epsilon is the planned one. All noisy tests are charged before the first.
 
     Args:
         subject: Which model.
@@ -85,16 +92,20 @@ def fine_tune(
     if run.has(f"trained_{subject}"):
         return
     base = load_base(recipe.model)
-    model = adapt(base.model, recipe.training.lora, seed=recipe.seed)
+    settings = recipe.training
+    model = adapt(base.model, settings.lora, seed=recipe.seed)
+    dropout = AdapterDropout(model, seed=recipe.seed)
     head = make_head(recipe, model, base)
     grads = PerSampleGradients(model)
-    check_gradients(head, grads, probe_examples(recipe, base.tokenizer))
+    probes = probe_examples(recipe, base.tokenizer)
+    check_gradients(head, grads, probes, label_smoothing=settings.label_smoothing)
     optimizer = make_optimizer(recipe, grads)
     state = run.work / f"{subject}-state"
     owner = {"subject": subject, "recipe": recipe_digest(recipe), "base": base.digest}
+    stopping = _early_stopping(subject, recipe, head, grads, data)
     saved = None
     if (state / "vault.json").is_file():
-        saved = load_state(state, access, grads, optimizer, owner=owner)
+        saved = load_state(state, access, grads, optimizer, owner=owner, stopping=stopping)
     sampler = PoissonSampler(len(data.train), recipe.privacy.sample_rate)
     with contextlib.ExitStack() as stack:
         ledger, step = (
@@ -105,26 +116,42 @@ def fine_tune(
             ledger, step = _private_step(recipe, run, plan, grads, optimizer, sampler)
             stack.enter_context(ledger)
             _refuse_shorter_ledger(ledger, saved)
+            _charge_releases(ledger, _test_epsilons(recipe))
         trainer = Trainer(
             head,
             step,
             sampler,
             data.train,
-            micro_batch_tokens=recipe.training.micro_batch_tokens,
+            micro_batch_tokens=settings.micro_batch_tokens,
             adversary=_adversary(subject, recipe, head),
+            dropout=dropout,
+            label_smoothing=settings.label_smoothing,
         )
         activate_dropout(model)
         save = None
         if access.passphrase is not None:
             sealer = stack.enter_context(_sealer(access, saved))
-            save = partial(save_state, state, sealer, grads, optimizer, owner=owner)
-        _run_steps(subject, recipe, run, plan, trainer, ledger=ledger, saved=saved, log=log, save=save)
+            save = partial(save_state, state, sealer, grads, optimizer, owner=owner, stopping=stopping)
+        _run_steps(
+            subject,
+            recipe,
+            run,
+            plan,
+            trainer,
+            ledger=ledger,
+            saved=saved,
+            log=log,
+            save=save,
+            stopping=stopping,
+        )
         model.eval()
+        if stopping is not None:
+            stopping.restore_best()
         _refuse_unmoved(grads)
         public_files = {}
         if ledger is not None:
-            if recipe.publish.release_epsilon is not None and not ledger.state.release_epsilons:
-                ledger.charge_release(recipe.publish.release_epsilon)
+            if recipe.publish.release_epsilon is not None:
+                _charge_releases(ledger, [*_test_epsilons(recipe), recipe.publish.release_epsilon])
             public_files["ledger.jsonl"] = run.ledger.read_bytes()
     with access.sealer() as final:
         manifest = final.seal(
@@ -216,7 +243,7 @@ def _private_step(
     step = PrivateStep(
         grads,
         optimizer,
-        max_grad_norm=recipe.privacy.max_grad_norm,
+        clipping=FlatClipping(recipe.privacy.max_grad_norm),
         noise_multiplier=plan.privacy.noise_multiplier,
         expected_batch_size=recipe.privacy.expected_batch_size,
         noise=noise,
@@ -233,6 +260,34 @@ def _adversary(subject: str, recipe: Recipe, head: Head) -> Adversary | None:
     return Adversary(head, recipe.adversarial, seed=recipe.seed)
 
 
+def _early_stopping(
+    subject: str, recipe: Recipe, head: Head, grads: PerSampleGradients, data: PreparedData
+) -> EarlyStopping | None:
+    settings = recipe.training.early_stopping
+    if subject == "plain" or settings.method == "none":
+        return None
+    score = make_score(recipe, head, data.validation)
+    return EarlyStopping(settings, grads.flat_params, score, steps=recipe.privacy.steps)
+
+
+def _test_epsilons(recipe: Recipe) -> list[float]:
+    """What the noisy tests of early stopping cost held-out records: one charge for all of them, or none."""
+    epsilon = recipe.training.early_stopping.epsilon
+    return [] if epsilon is None else [epsilon]
+
+
+def _charge_releases(ledger: Ledger, epsilons: Sequence[float]) -> None:
+    """Charge the releases that the ledger does not hold yet: a resumed run charges each once."""
+    for epsilon in epsilons[len(ledger.state.release_epsilons) :]:
+        ledger.charge_release(epsilon)
+
+
+def _charge_remaining_steps(ledger: Ledger) -> None:
+    """Charge the steps that are not run: when to stop was learnt from the data, so all are paid for."""
+    while ledger.remaining_steps:
+        ledger.charge()
+
+
 def _run_steps(
     subject: str,
     recipe: Recipe,
@@ -244,6 +299,7 @@ def _run_steps(
     saved: SavedState | None,
     log: Log | None,
     save: Callable[..., None] | None,
+    stopping: EarlyStopping | None,
 ) -> None:
     planned = recipe.privacy.steps
     steps_done = 0 if saved is None else saved.steps_done
@@ -255,12 +311,22 @@ def _run_steps(
             "so nothing is left to train with. Start a new run in another folder (its epsilon adds to this "
             "one's)."
         )
+    has_stopped = stopping is not None and stopping.has_stopped
+    if has_stopped:  # the kill came between the last save and the end
+        remaining = 0
+        if ledger is not None:
+            _charge_remaining_steps(ledger)
     with TrainingProgress(subject, total=planned, done=planned - remaining) as progress:
         for number in range(planned - remaining + 1, planned + 1):
             result = trainer.run_step(number)
             steps_done += 1
-            if save is not None and (number % recipe.training.save_every == 0 or number == planned):
+            score = None if stopping is None else stopping.check(number)
+            has_stopped = stopping is not None and stopping.has_stopped
+            is_last = has_stopped or number == planned
+            if save is not None and (number % recipe.training.save_every == 0 or is_last):
                 save(steps_done=steps_done, steps_charged=0 if ledger is None else ledger.steps_charged)
+            if has_stopped and ledger is not None:
+                _charge_remaining_steps(ledger)
             epsilon = None
             if ledger is not None and plan.privacy is not None:
                 epsilon = plan.privacy.curve.at(ledger.steps_charged)
@@ -273,10 +339,16 @@ def _run_steps(
                 "clipped_fraction": result.clipped_fraction,
                 "tokens_per_second": result.num_tokens / result.seconds,
                 "epsilon": epsilon,
+                **({} if score is None else {"validation_score": score}),
             }
             run.log_metrics(values)
             if log is not None:
                 log(values)
+            if stopping is not None and has_stopped and number < planned:
+                kept = f"the adapters of step {stopping.best_step or number} are kept"
+                paid = "" if ledger is None else "; its whole epsilon is charged, since data decided when"
+                _logger.warning("training ends early, at step %d of %d; %s%s.", number, planned, kept, paid)
+                break
 
 
 def _refuse_shorter_ledger(ledger: Ledger, saved: SavedState | None) -> None:
@@ -298,7 +370,7 @@ def _sealer(access: Access, saved: SavedState | None) -> Sealer:
 
 def _refuse_unmoved(grads: PerSampleGradients) -> None:
     """LoRA starts with ``B = 0``: adapters that are still zero were never trained."""
-    if not any(bool(layer.b.abs().max() > 0) for layer in grads.layers):
+    if not any(bool(place.parameter.any()) for place in grads.parameters if "lora_B" in place.name):
         raise PrivacyError(
             "the adapters did not move: nothing was learnt. Check the learning rate and the data."
         )

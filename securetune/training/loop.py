@@ -15,9 +15,11 @@ from securetune.data.collate import Batch, collate, length_buckets
 from securetune.data.encode import Example
 from securetune.errors import MachineError
 from securetune.models.task import ClassifyHead, GenerateHead
+from securetune.privacy.clipping import FlatClipping
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.sampling import PoissonSampler
 from securetune.privacy.step import OrdinaryStep, PrivateStep
+from securetune.training.dropout import AdapterDropout
 
 Head = ClassifyHead | GenerateHead
 
@@ -28,8 +30,8 @@ class StepResult:
 
     Attributes:
         step: Number of the step, from 1.
-        loss: Mean loss over the samples drawn, under attack where training is adversarial; None if none was
-            drawn.
+        loss: Mean loss over the samples drawn, under attack where training is adversarial, with label
+            smoothing and dropout where there are any; None if none was drawn.
         num_samples: Samples drawn.
         num_tokens: Tokens, padding included.
         clipped_fraction: Share of samples whose gradient was longer than the clipping norm; None without
@@ -95,7 +97,9 @@ class Trainer:
         sampler: Draws each step's samples.
         examples: The training examples, one per privacy unit.
         micro_batch_tokens: Most tokens, padding included, in one pass.
-        adversary: None trains on clean embeddings.
+        adversary: None trains on clean embeddings. Attacks run without dropout and label smoothing.
+        dropout: Gives the samples their masks; None for a model without dropout.
+        label_smoothing: Share of each target that is spread evenly, in [0, 1).
     """
 
     def __init__(
@@ -107,6 +111,8 @@ class Trainer:
         *,
         micro_batch_tokens: int,
         adversary: Adversary | None = None,
+        dropout: AdapterDropout | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         self._head = head
         self._step = step
@@ -114,6 +120,8 @@ class Trainer:
         self._examples = examples
         self._micro_batch_tokens = micro_batch_tokens
         self._adversary = adversary
+        self._dropout = dropout
+        self._label_smoothing = label_smoothing
 
     def run_step(self, number: int) -> StepResult:
         """Draw a sample, accumulate its gradients, update.
@@ -135,12 +143,12 @@ class Trainer:
         for bucket in length_buckets(drawn, self._micro_batch_tokens):
             batch = collate([drawn[index] for index in bucket]).to(self._device)
             num_tokens += batch.input_ids.numel()
-            with _out_of_memory_advice():
+            with _out_of_memory_advice(), self._masks(batch, number):
                 micro_losses = self._losses(batch, number)
                 norms = self._step.accumulate(micro_losses)
             losses.append(micro_losses.detach())
-            if isinstance(self._step, PrivateStep):
-                num_clipped += int((norms > self._step.max_grad_norm).sum())
+            if isinstance(self._step, PrivateStep) and isinstance(self._step.clipping, FlatClipping):
+                num_clipped += int((norms > self._step.clipping.max_grad_norm).sum())
         self._step.finish()
         mean_loss = float(torch.cat(losses).mean()) if losses else None
         is_private = isinstance(self._step, PrivateStep)
@@ -155,30 +163,37 @@ class Trainer:
 
     @property
     def _device(self) -> torch.device:
-        return self._step.grads.flat_params.device
+        return self._step.grads.device
 
     def _losses(self, batch: Batch, number: int) -> Tensor:
         embeds = self._head.embed(batch)
         if self._adversary is not None:
             embeds = self._adversary.perturb(embeds, batch, step=number)
-        return self._head.losses(embeds, batch)
+        return self._head.losses(embeds, batch, label_smoothing=self._label_smoothing)
+
+    def _masks(self, batch: Batch, number: int) -> contextlib.AbstractContextManager[None]:
+        """Hold the dropout masks of a micro-batch until its backward pass is done."""
+        return contextlib.nullcontext() if self._dropout is None else self._dropout.masks(batch, step=number)
 
 
-def check_gradients(head: Head, grads: PerSampleGradients, examples: Sequence[Example]) -> None:
+def check_gradients(
+    head: Head, grads: PerSampleGradients, examples: Sequence[Example], *, label_smoothing: float = 0.0
+) -> None:
     """Compare per-sample gradients with ordinary autograd, before anything is trained.
 
     Args:
         head: The model with its adapters, in evaluation mode.
         grads: Its per-sample gradients.
         examples: Public examples of unequal length, so that nothing here depends on a private record.
+        label_smoothing: As in training.
 
     Raises:
         PrivacyError: If they differ, or if the loss couples samples.
     """
 
     def losses_of(rows: list[int]) -> Tensor:
-        batch = collate([examples[row] for row in rows]).to(grads.flat_params.device)
-        return head.losses(head.embed(batch), batch)
+        batch = collate([examples[row] for row in rows]).to(grads.device)
+        return head.losses(head.embed(batch), batch, label_smoothing=label_smoothing)
 
     grads.check(losses_of, len(examples))
 

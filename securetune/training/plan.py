@@ -11,6 +11,7 @@ from securetune.config.schema import Recipe
 from securetune.files import write_atomic
 from securetune.privacy.accounting import UNIT_STATEMENT, PrivacyPlan, PrivacySpec, plan_privacy
 from securetune.training.folder import NOT_COVERED, RunFolder
+from securetune.training.stopping import num_checks
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -82,6 +83,7 @@ class Plan:
             "task": self.recipe.task,
             "model": self.recipe.model.name,
             "privacy": privacy,
+            "early_stopping": self._early_stopping(),
             "estimate": {**asdict(self.estimate), "privacy": NOT_COVERED},
         }
 
@@ -96,6 +98,15 @@ class Plan:
         for label, text in self._rows():
             table.add_row(label, text)
         return Group(table)
+
+    def _early_stopping(self) -> str | None:
+        settings = self.recipe.training.early_stopping
+        if settings.method == "none":
+            return None
+        text = f"{settings.method}, up to {num_checks(self.recipe)} checks"
+        if settings.epsilon is not None:
+            text += f", which cost held-out records epsilon {settings.epsilon:g} together"
+        return text + ("" if self.privacy is None else "; a run that stops early costs its whole epsilon")
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = [("task", f"{self.recipe.task}, base model {self.recipe.model.name}")]
@@ -125,6 +136,8 @@ class Plan:
                 ),
                 ("not counted", "settings tuned on the private data, and the decision to publish"),
             ]
+        if (stopping := self._early_stopping()) is not None:
+            rows.append(("early stopping", stopping))
         total = sum(self.estimate.seconds.values())
         stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.estimate.seconds.items())
         rows += [

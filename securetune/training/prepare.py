@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from securetune.config.schema import Recipe
@@ -13,6 +13,7 @@ from securetune.data.encode import Example, encode_records
 from securetune.data.records import Record
 from securetune.data.sources import load_records
 from securetune.data.splits import deduplicate, drop_conflicting, split_held_out
+from securetune.errors import DataError
 from securetune.training.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class PreparedData:
         records: Records after exact duplicates were removed.
         duplicates_removed: Exact duplicates removed.
         mean_tokens: Mean length of a training example.
+        validation: What early stopping looks at: public examples, or the last of the held-out ones, which
+            evaluate no model. Empty without early stopping.
     """
 
     train: list[Example]
@@ -45,6 +48,7 @@ class PreparedData:
     records: int
     duplicates_removed: int
     mean_tokens: float
+    validation: list[Example] = field(default_factory=list)
 
 
 def prepare_data(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizerBase") -> PreparedData:
@@ -87,7 +91,43 @@ def prepare_data(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizer
         records=len(unique.records),
         duplicates_removed=unique.num_removed,
         mean_tokens=sum(len(example.input_ids) for example in train) / max(1, len(train)),
+        validation=_validation(recipe, unique.records, held_out, tokenizer),
     )
+
+
+def _validation(
+    recipe: Recipe,
+    private: Sequence[Record],
+    held_out: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+) -> list[Example]:
+    settings, evaluation = recipe.training.early_stopping, recipe.evaluation
+    if settings.method == "none":
+        return []
+    if (public := recipe.data.public_validation) is not None:
+        records = load_records(recipe.data.model_copy(update={"private": public}), recipe.task)
+        known = {record.split_id for record in private}
+        if shared := sum(record.split_id in known for record in records):
+            raise DataError(
+                f"data.public_validation: {shared:,} of its {len(records):,} records are private records "
+                "too, and epsilon would not cover what they decide. Take them out of one of the two."
+            )
+        examples = _encode(records, recipe, tokenizer)
+        if not examples:
+            raise DataError(
+                f"data.public_validation: all {len(records):,} records are longer than data.max_length "
+                f"({recipe.data.max_length}). Raise it, or give shorter records."
+            )
+        return examples
+    evaluated = max(evaluation.num_texts, evaluation.num_membership // 2, evaluation.num_attacked)
+    if len(held_out) < settings.num_texts + evaluated:
+        raise DataError(
+            f"only {len(held_out):,} held-out records fit data.max_length, fewer than "
+            f"training.early_stopping.num_texts ({settings.num_texts:,}) and the {evaluated:,} others that "
+            "evaluate the model. Raise data.held_out_fraction or data.max_length, or set data.on_overlong to "
+            "'truncate'."
+        )
+    return list(held_out[-settings.num_texts :])
 
 
 def _encode(records: Sequence[Record], recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:

@@ -11,6 +11,7 @@ from securetune.checkpoints import Sealer
 from securetune.errors import CheckpointError
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.training.access import Access
+from securetune.training.stopping import EarlyStopping
 
 _FLAT = "flat.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,6 +40,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     *,
     owner: Mapping[str, str],
+    stopping: EarlyStopping | None = None,
     steps_done: int,
     steps_charged: int,
 ) -> None:
@@ -50,17 +52,24 @@ def save_state(
         grads: Owner of the flat adapter vector.
         optimizer: AdamW over it.
         owner: What the state belongs to: model, recipe, base. A state of another owner is not loaded.
+        stopping: Early stopping, where there is any.
         steps_done: Steps whose update is in the state.
         steps_charged: Steps in the ledger; 0 without privacy.
     """
     moments = optimizer.state[grads.flat_params]
+    params = {"params": grads.flat_params.detach()}
+    metadata = {"owner": dict(owner), "steps_done": steps_done, "steps_charged": steps_charged}
+    if stopping is not None:
+        metadata["stopping"] = stopping.state()
+        if stopping.best_params is not None:
+            params["best_params"] = stopping.best_params
     sealer.seal(
         folder,
         {
-            "adapter": {_FLAT: _to_bytes({"params": grads.flat_params.detach()})},
+            "adapter": {_FLAT: _to_bytes(params)},
             "optimizer": {_FLAT: _to_bytes({name: moments[name] for name in _MOMENTS})},
         },
-        metadata={"owner": dict(owner), "steps_done": steps_done, "steps_charged": steps_charged},
+        metadata=metadata,
     )
 
 
@@ -71,6 +80,7 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     *,
     owner: Mapping[str, str],
+    stopping: EarlyStopping | None = None,
 ) -> SavedState:
     """Restore a sealed training state into adapters and optimizer.
 
@@ -80,6 +90,7 @@ def load_state(
         grads: Owner of the flat adapter vector, changed in place.
         optimizer: AdamW over it, changed in place.
         owner: What the state must belong to.
+        stopping: Early stopping, where there is any, changed in place.
 
     Returns:
         Where the training stands.
@@ -97,7 +108,8 @@ def load_state(
                 f"{found}. "
                 "It cannot be resumed from here."
             )
-        params = load(vault.read("adapter", _FLAT))["params"]
+        adapter = load(vault.read("adapter", _FLAT))
+        params = adapter["params"]
         moments = load(vault.read("optimizer", _FLAT))
         saved = SavedState(
             steps_done=int(vault.metadata["steps_done"]),
@@ -105,6 +117,8 @@ def load_state(
             lineage=vault.manifest.lineage,
             next_generation=vault.manifest.generation + 1,
         )
+        if stopping is not None:
+            stopping.load(vault.metadata["stopping"], adapter.get("best_params"))
     if params.shape != grads.flat_params.shape:
         raise CheckpointError(
             f"{folder} holds {params.numel()} adapter parameters, this recipe has {grads.num_params}."

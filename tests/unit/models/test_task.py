@@ -2,6 +2,7 @@ import types
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import (
     BertConfig,
     CohereConfig,
@@ -111,6 +112,26 @@ def test_token_losses_are_the_models_own(model):
         own = [-full[t - 1, ids[t]] for t in range(1, length) if supervised[t]]
         expected = torch.stack(own).mean() if own else torch.zeros((), dtype=torch.float64)
         torch.testing.assert_close(losses[index], expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_smoothed_token_losses_and_gradients_are_torchs_for_each_sample_alone(model, is_frozen):
+    model.requires_grad_(not is_frozen)
+    head, batch = GenerateHead(model), make_batch()
+    embeds = head.embed(batch).detach().requires_grad_(True)
+    losses = head.losses(embeds, batch, label_smoothing=0.2)
+    (grad,) = torch.autograd.grad(losses.sum(), embeds)
+    for index, length in enumerate(LENGTHS):
+        single = row(batch, index)
+        own = head.embed(single).detach().requires_grad_(True)
+        logits = head._logits(head.hidden_states(own))[0]
+        wanted = [t for t in range(1, length) if single.supervised[0, t]]
+        targets = single.input_ids[0, wanted]
+        before = logits[[t - 1 for t in wanted]]
+        truth = F.cross_entropy(before, targets, label_smoothing=0.2) if wanted else 0 * logits.sum()
+        torch.testing.assert_close(losses[index], truth, rtol=0, atol=1e-10)
+        (own_grad,) = torch.autograd.grad(truth, own)
+        torch.testing.assert_close(grad[index, :length], own_grad[0], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("head_class", [ClassifyHead, GenerateHead])

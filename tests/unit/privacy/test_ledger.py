@@ -16,12 +16,16 @@ from securetune.privacy import ledger as ledger_module
 from securetune.privacy.accounting import (
     Phase,
     PrivacySpec,
+    Sampling,
+    epsilon_of_phases,
     epsilon_spent,
     max_true_positive_rate,
     max_true_positive_rate_of_run,
     plan_privacy,
 )
 from securetune.privacy.ledger import Ledger, LedgerHeader, read_ledger
+from securetune.privacy.sampling import FixedSizeSampler, PoissonSampler, TruncatedPoissonSampler
+from securetune.privacy.units import UserSampler
 
 
 def make_header(**change):
@@ -311,3 +315,142 @@ def test_summary_is_the_whole_statement_and_json(path):
 def test_file_is_private_to_its_owner(path):
     charge(path, 1)
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+OTHER_SAMPLERS = [
+    (TruncatedPoissonSampler(1000, 0.05, 60), "zero out one"),
+    (FixedSizeSampler(1000, 50), "replace one"),
+    (PoissonSampler(1000, 0.05), "add or remove one"),
+]
+
+
+def header_of(sampler, **change):
+    statement = sampler.describe()
+    return make_header(
+        sampler=statement.sampler,
+        neighbouring_relation=statement.neighbouring_relation,
+        num_records=statement.num_units,
+        max_batch_size=statement.max_batch_size,
+        **change,
+    )
+
+
+@pytest.mark.parametrize(("sampler", "relation"), OTHER_SAMPLERS)
+def test_epsilon_follows_from_the_file_alone_for_every_sampler(path, sampler, relation):
+    with Ledger(path, header_of(sampler)) as ledger:
+        for _ in range(4):
+            ledger.charge()
+    state = read_ledger(path)
+    assert state.phase == sampler.phase(1.0, 4)
+    assert state.epsilon() == epsilon_of_phases([sampler.phase(1.0, 4)], 1e-5)
+    assert state.summary()["neighbouring_relation"] == relation
+    assert state.summary()["max_tpr_at_1pct_fpr_pld"] == max_true_positive_rate_of_run([state.phase], 0.01)
+
+
+def test_a_ledger_from_before_other_samplers_still_reads(path):
+    path.write_text(
+        '{"accountant":"dp-accounting 0.6.0, PLD","delta":1e-05,"expected_batch_size":64,'
+        '"format":"securetune.ledger/1","max_grad_norm":1.0,"neighbouring_relation":"add or remove one",'
+        '"noise_multiplier":1.0,"planned_steps":10,"reportable_epsilon":true,"sample_rate":0.05,'
+        '"sampler":"Poisson","unit":"record"}\n{"step":0}\n{"step":1}\n'
+    )
+    assert read_ledger(path).epsilon() == epsilon_spent(1.0, 0.05, 2, 1e-5)
+    with Ledger(path, make_header(accountant="dp-accounting 0.6.0, PLD")) as ledger:  # and goes on
+        assert ledger.charge() == 3
+
+
+def test_trap_22_the_private_number_of_records_is_not_in_a_poisson_ledger(path):
+    with Ledger(path, header_of(PoissonSampler(987_123, 0.05))) as ledger:
+        ledger.charge()
+    assert "987123" not in path.read_text()
+    with pytest.raises(ValueError, match="private under it"):
+        make_header(num_records=987_123)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampler": "shuffled"}, "sampler"),
+        ({"sampler": "truncated Poisson"}, "1 <= max_batch_size <= num_records"),
+        ({"neighbouring_relation": "replace one"}, "must be 'add or remove one' under Poisson"),
+        (
+            {"sampler": "fixed size", "num_records": 1000, "max_batch_size": 50},
+            "must be 'replace one' under fixed size sampling, got 'add or remove one'",
+        ),
+        (
+            {"sampler": "fixed size", "num_records": 1000, "max_batch_size": 51},
+            "got sample_rate=0.05",
+        ),
+    ],
+)
+def test_header_that_contradicts_itself_is_refused(path, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_header(**change)
+    charge(path, 1)
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(json.dumps({**json.loads(first), **change}) + "\n" + rest)
+    with pytest.raises(PrivacyError, match=message):
+        read_ledger(path)
+
+
+def test_another_sampler_is_refused_with_both_values(path):
+    charge(path, 1)
+    with pytest.raises(PrivacyError, match=r"sampler: 'Poisson' in the ledger, 'truncated Poisson' now"):
+        Ledger(path, header_of(TruncatedPoissonSampler(1000, 0.05, 60)))
+
+
+SPEC = {
+    "target_epsilon": 2.0,
+    "delta": 1e-5,
+    "sample_rate": 0.1,
+    "steps": 3,
+    "max_grad_norm": 1.0,
+    "expected_batch_size": 64,
+}
+
+
+def test_header_of_a_plan_with_another_sampler():
+    sampler = TruncatedPoissonSampler(640, 0.1, 90)
+    plan = plan_privacy(PrivacySpec(**SPEC, sampler="truncated Poisson", num_records=640, max_batch_size=90))
+    header = LedgerHeader.from_plan(plan, reportable_epsilon=True, sampler=sampler)
+    assert header.sampling == Sampling("truncated Poisson", 640, 90) == sampler.sampling
+    assert header.neighbouring_relation == "zero out one"
+
+
+def test_header_refuses_a_sampler_that_draws_otherwise_than_planned():
+    plan = plan_privacy(PrivacySpec(**SPEC))
+    LedgerHeader.from_plan(plan, reportable_epsilon=True, sampler=PoissonSampler(640, 0.1))
+    users = UserSampler(["a", "b"], PoissonSampler(2, 0.1), max_records_per_user=3)
+    LedgerHeader.from_plan(plan, reportable_epsilon=True, unit="user", sampler=users)
+    for other, unit in [
+        (PoissonSampler(640, 0.2), "record"),
+        (TruncatedPoissonSampler(640, 0.1, 90), "record"),
+        (FixedSizeSampler(640, 64), "record"),
+        (users, "record"),
+        (PoissonSampler(640, 0.1), "user"),
+    ]:
+        with pytest.raises(PrivacyError, match="draws otherwise than planned"):
+            LedgerHeader.from_plan(plan, reportable_epsilon=True, unit=unit, sampler=other)
+
+
+def test_header_refuses_to_report_an_epsilon_for_a_fixed_key():
+    plan = plan_privacy(PrivacySpec(**SPEC))
+    fixed = PoissonSampler(640, 0.1, bytes(32))
+    with pytest.raises(PrivacyError, match="fixed key, for tests"):
+        LedgerHeader.from_plan(plan, reportable_epsilon=True, sampler=fixed)
+    assert not LedgerHeader.from_plan(plan, reportable_epsilon=False, sampler=fixed).reportable_epsilon
+
+
+def test_trap_19_steps_are_counted_as_taken_never_derived_from_the_rate(path):
+    """``int(1 / q)`` is 92 for 93 batches; the ledger and the accountant see what was drawn."""
+    rate = 1 / 93
+    assert int(1 / rate) == 92
+    sampler, steps = PoissonSampler(930, rate), 93
+    header = make_header(sample_rate=sampler.sample_rate, planned_steps=steps)
+    with Ledger(path, header) as ledger:
+        for step in range(steps):
+            sampler.draw(step)
+            ledger.charge(step)
+        with pytest.raises(PrivacyError, match="all 93 planned steps"):
+            ledger.charge()
+    assert read_ledger(path).phase == sampler.phase(1.0, 93)

@@ -1,6 +1,7 @@
 """The private step: sensitivity, noise added once, the ledger before the noise, public divisor."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from scipy import stats
 from torch import nn
 
 from securetune.errors import PrivacyError
+from securetune.privacy.clipping import FlatClipping
 from securetune.privacy.ledger import Ledger, LedgerHeader, read_ledger
 from securetune.privacy.noise import NoiseSource
 from securetune.privacy.per_sample import PerSampleGradients
@@ -53,11 +55,22 @@ def ledger(tmp_path):
         yield opened
 
 
+class Uncharged:
+    """Stands in for a ledger where nothing is released for good."""
+
+    def __init__(self, noise_multiplier: float) -> None:
+        self.state = SimpleNamespace(header=SimpleNamespace(noise_multiplier=noise_multiplier))
+
+    def charge(self) -> None:
+        pass
+
+
 def private(grads, ledger, *, optimizer=None, noise_multiplier=SIGMA, max_grad_norm=CLIP) -> PrivateStep:
+    ledger = ledger or Uncharged(noise_multiplier)
     return PrivateStep(
         grads,
         optimizer or torch.optim.SGD([grads.flat_params], lr=1.0),
-        max_grad_norm=max_grad_norm,
+        clipping=FlatClipping(max_grad_norm),
         noise_multiplier=noise_multiplier,
         expected_batch_size=DIVISOR,
         noise=NoiseSource(),
@@ -93,13 +106,13 @@ def test_any_micro_batch_size_gives_the_same_sum(split):
     torch.testing.assert_close(parts.summed, whole.summed)
 
 
-def test_update_is_the_noisy_clipped_mean(ledger):
+def test_update_is_the_noisy_clipped_mean():
     grads = make_grads()
     x = torch.randn(4, 3, 6)
-    rows = grads.backward(losses_of(grads, x)).double()
+    rows = grads.backward(losses_of(grads, x)).materialize().double()
     clipped = (rows * (CLIP / rows.norm(dim=1, keepdim=True)).clamp(max=1.0)).sum(dim=0)
     before = grads.flat_params.detach().clone()
-    step = private(grads, ledger, noise_multiplier=0.0)
+    step = private(grads, None, noise_multiplier=0.0)
     norms = step.accumulate(losses_of(grads, x))
     step.finish()
     torch.testing.assert_close(norms, rows.norm(dim=1).float())
@@ -199,12 +212,95 @@ def test_ordinary_step_equals_a_plain_optimizer_step():
 
 def test_optimizer_of_other_parameters_is_refused(ledger):
     grads = make_grads()
-    others = torch.optim.SGD([p for p in grads.model.parameters() if p.requires_grad], lr=0.1)
-    with pytest.raises(PrivacyError, match="must own exactly the flat adapter vector"):
-        private(grads, ledger, optimizer=others)
+    parameters = [p for p in grads.model.parameters() if p.requires_grad]
+    with pytest.raises(PrivacyError, match=r"1 are missing .*lora_B"):
+        private(grads, ledger, optimizer=torch.optim.SGD(parameters[:1], lr=0.1))
+    stranger = nn.Parameter(torch.zeros(3))
+    with pytest.raises(PrivacyError, match="1 are unknown to the per-sample gradients"):
+        private(grads, ledger, optimizer=torch.optim.SGD([*parameters, stranger], lr=0.1))
 
 
-@pytest.mark.parametrize(("name", "value"), [("max_grad_norm", 0.0), ("noise_multiplier", -1.0)])
-def test_bad_numbers_are_named(ledger, name, value):
-    with pytest.raises(PrivacyError, match=rf"{name} must be .*{value}"):
-        private(make_grads(), ledger, **{name: value})
+def test_parameter_group_added_after_wrapping_is_refused(ledger):
+    grads = make_grads()
+    parameters = [p for p in grads.model.parameters() if p.requires_grad]
+    step = private(grads, ledger, optimizer=torch.optim.SGD(parameters, lr=0.1))
+    step.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    with pytest.raises(PrivacyError, match="1 are unknown"):
+        step.finish()
+
+
+def test_optimizer_over_the_parameters_or_over_the_flat_vector_is_the_same():
+    results = []
+    for flat in (True, False):
+        grads = make_grads()
+        x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(3))
+        parameters = [p for p in grads.model.parameters() if p.requires_grad]
+        owned = [grads.flat_params] if flat else parameters
+        step = private(grads, None, optimizer=torch.optim.AdamW(owned, lr=0.1), noise_multiplier=0.0)
+        for _ in range(3):
+            step.accumulate(losses_of(grads, x))
+            step.finish()
+        results.append(torch.cat([p.detach().flatten() for p in parameters]))
+    torch.testing.assert_close(*results)
+
+
+def test_ledger_of_another_noise_multiplier_is_refused(ledger):
+    with pytest.raises(
+        PrivacyError, match=r"charges steps of noise_multiplier 1\.3, the step would add noise of 1\.0"
+    ):
+        private(make_grads(), ledger, noise_multiplier=1.0)
+
+
+class TestPublicGradient:
+    def test_is_added_after_noise_and_division_and_never_clipped(self):
+        grads = make_grads()
+        private_x, public_x = torch.randn(4, 3, 6), 100 * torch.randn(2, 3, 6)
+        expected = private(grads, None, noise_multiplier=0.0)
+        expected.accumulate(losses_of(grads, private_x))
+        clipped = expected.summed / DIVISOR
+        public = grads.backward(losses_of(grads, public_x)).materialize().sum(dim=0) / 2
+        before = grads.flat_params.detach().clone()
+        step = private(grads, None, noise_multiplier=0.0)
+        step.accumulate(losses_of(grads, private_x))
+        step.accumulate_public(losses_of(grads, public_x), weight=0.5)
+        step.finish()
+        torch.testing.assert_close(
+            before - grads.flat_params.detach(), clipped + public, rtol=1e-5, atol=1e-4
+        )
+        after = grads.flat_params.detach().clone()
+        step.finish()  # it belongs to one step
+        assert torch.equal(after, grads.flat_params.detach())
+
+    def test_record_in_both_sets_is_refused(self):
+        grads = make_grads()
+        step = private(grads, None)
+        step.accumulate(losses_of(grads, torch.randn(2, 3, 6)), unit_ids=["a", "b"])
+        with pytest.raises(PrivacyError, match="1 records are private and public in one step, first 'b'"):
+            step.accumulate_public(losses_of(grads, torch.randn(2, 3, 6)), record_ids=["b", "c"])
+
+
+class TestUnits:
+    def test_samples_of_a_unit_are_clipped_as_one(self):
+        grads = make_grads()
+        x = 10 * torch.randn(3, 3, 6)
+        rows = grads.backward(losses_of(grads, x)).materialize().double()
+        users = torch.stack([rows[0] + rows[2], rows[1]])
+        expected = (users * (CLIP / users.norm(dim=1, keepdim=True)).clamp(max=1.0)).sum(dim=0)
+        step = private(grads, None)
+        norms = step.accumulate(losses_of(grads, x), unit_ids=["u", "v", "u"])
+        torch.testing.assert_close(norms, users.norm(dim=1).float())
+        torch.testing.assert_close(step.summed, expected.float())
+
+    def test_unit_in_two_micro_batches_is_refused(self):
+        grads = make_grads()
+        step = private(grads, None)
+        step.accumulate(losses_of(grads, torch.randn(2, 3, 6)), unit_ids=["u", "v"])
+        with pytest.raises(PrivacyError, match="1 units are in two micro-batches of one step, first 'u'"):
+            step.accumulate(losses_of(grads, torch.randn(1, 3, 6)), unit_ids=["u"])
+        step.finish()
+        step.accumulate(losses_of(grads, torch.randn(1, 3, 6)), unit_ids=["u"])  # the next step may have it
+
+
+def test_negative_noise_multiplier_is_refused(ledger):
+    with pytest.raises(PrivacyError, match=r"noise_multiplier must be >= 0, got -1\.0"):
+        private(make_grads(), ledger, noise_multiplier=-1.0)

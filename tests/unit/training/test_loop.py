@@ -2,43 +2,21 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
+from securetune.adversarial.embedding import attack_mode, perturb, sample_seeds
 from securetune.config.schema import AdversarialConfig
 from securetune.data.collate import collate
-from securetune.data.encode import Example
 from securetune.errors import PrivacyError
-from securetune.models.task import ClassifyHead
+from securetune.models.task import GenerateHead
+from securetune.privacy.clipping import FlatClipping
+from securetune.privacy.ledger import Ledger, LedgerHeader
+from securetune.privacy.noise import NoiseSource
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.sampling import PoissonSampler
-from securetune.privacy.step import OrdinaryStep
-from securetune.training.loop import Adversary, Trainer, activate_dropout, check_gradients
-from tests.tiny import LABEL_WORDS, tiny_llama, tiny_tokenizer
-
-PROMPT = "{text}\nLabel:"
-
-
-def make_head(*, dtype=torch.float64, dropout: float = 0.0) -> ClassifyHead:
-    base = tiny_llama(dtype=dtype).requires_grad_(False)
-    torch.manual_seed(0)
-    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
-    model = get_peft_model(base, config, autocast_adapter_dtype=False)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return ClassifyHead(model.eval(), tiny_tokenizer(), LABEL_WORDS, prompt=PROMPT)
-
-
-def make_examples(count: int) -> list[Example]:
-    generator = torch.Generator().manual_seed(3)
-    examples = []
-    for index in range(count):
-        length = int(torch.randint(5, 12, (), generator=generator))
-        ids = tuple(torch.randint(2, 250, (length,), generator=generator).tolist())
-        mask = tuple(2 <= position < length - 1 for position in range(length))
-        examples.append(Example(f"unit{index}", ids, mask, index % 2, (False,) * length))
-    return examples
+from securetune.privacy.step import OrdinaryStep, PrivateStep
+from securetune.training.loop import Adversary, Trainer, activate_dropout, check_gradients, make_optimizer
+from tests.sample_recipe import sample_recipe
+from tests.unit.training.tiny_head import make_examples, make_head
 
 
 @pytest.mark.parametrize("config", [
@@ -151,3 +129,75 @@ def test_only_the_adapters_dropout_is_switched_on():
     training = {name for name, module in head.model.named_modules() if module.training}
     assert training
     assert all("lora_dropout" in name for name in training)
+
+
+def private_update(folder, *, sample_rate: float, weight_decay: float):
+    """Run one private step from a fixed noise key; return the adapters before and after."""
+    head, examples = make_head(), make_examples(12)
+    frozen = {n: p.clone() for n, p in head.model.named_parameters() if not p.requires_grad}
+    grads = PerSampleGradients(head.model)
+    recipe = sample_recipe({"training.learning_rate": 0.01, "training.weight_decay": weight_decay})
+    header = LedgerHeader(
+        noise_multiplier=1.0,
+        sample_rate=0.5,
+        max_grad_norm=1.0,
+        delta=1e-3,
+        expected_batch_size=8,
+        planned_steps=3,
+        reportable_epsilon=False,
+    )
+    with Ledger(folder / f"{sample_rate}-{weight_decay}.jsonl", header) as ledger:
+        step = PrivateStep(
+            grads,
+            make_optimizer(recipe, grads),
+            clipping=FlatClipping(1.0),
+            noise_multiplier=1.0,
+            expected_batch_size=8,
+            noise=NoiseSource(key=bytes(32)),
+            ledger=ledger,
+        )
+        sampler = PoissonSampler(len(examples), sample_rate, key=bytes(32))
+        before = grads.flat_params.detach().clone()
+        result = Trainer(head, step, sampler, examples, micro_batch_tokens=64).run_step(1)
+    assert all(torch.equal(frozen[n], p) for n, p in head.model.named_parameters() if n in frozen)
+    return before, grads.flat_params.detach().clone(), result.num_samples
+
+
+@pytest.mark.parametrize(("sample_rate", "drawn"), [(1.0, 12), (0.5, None), (1e-12, 0)])
+def test_weight_decay_reads_the_released_adapters_alone(tmp_path, sample_rate, drawn):
+    before, plain, count = private_update(tmp_path, sample_rate=sample_rate, weight_decay=0.0)
+    _, decayed, _ = private_update(tmp_path, sample_rate=sample_rate, weight_decay=0.3)
+    assert drawn is None or count == drawn
+    torch.testing.assert_close(decayed - plain, -0.01 * 0.3 * before, rtol=0, atol=1e-12)
+    assert (plain - before).abs().min() > 0  # noise moved every parameter, drawn samples or none
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.25])
+def test_label_smoothing_is_trained_on_and_not_attacked(smoothing):
+    head, examples = GenerateHead(make_head().model), make_examples(6)
+    adversary = Adversary(head, AdversarialConfig(method="fgsm", radius=0.1), seed=1)
+    grads = PerSampleGradients(head.model)
+    batch = collate(examples)
+    with attack_mode(head.model):  # one step up the plain loss
+        attack = perturb(
+            lambda embeds: head.losses(embeds, batch),
+            head.embed(batch),
+            batch.attack_mask,
+            norm="l2_token",
+            radius=0.1 * adversary._unit,
+            steps=1,
+            random_start=sample_seeds(batch.unit_ids, seed=1, step=1),
+        )
+    embeds = head.embed(batch) + attack.delta
+    expected = float(head.losses(embeds, batch, label_smoothing=smoothing).detach().mean())
+    step = OrdinaryStep(grads, torch.optim.SGD([grads.flat_params], lr=0.1), expected_batch_size=6)
+    training = Trainer(
+        head,
+        step,
+        PoissonSampler(6, 1.0, key=bytes(32)),
+        examples,
+        micro_batch_tokens=1000,
+        adversary=adversary,
+        label_smoothing=smoothing,
+    )
+    assert training.run_step(1).loss == pytest.approx(expected, rel=1e-12)

@@ -67,6 +67,17 @@ def test_plan_without_privacy_says_so(base):
     assert "OFF: nothing is promised about any record" in printed(plan)
 
 
+def test_plan_names_what_early_stopping_costs(base):
+    assert "early stopping" not in printed(plan_of(base))
+    noisy = {"method": "noisy_test", "epsilon": 1.5, "every": 4}
+    plan = plan_of(base, training__early_stopping=noisy, data__min_held_out=1200)
+    expected = (
+        "noisy_test, up to 3 checks, which cost held-out records epsilon 1.5 together; a run that stops"
+    )
+    assert expected in printed(plan)
+    assert plan.to_dict()["early_stopping"].startswith(expected)
+
+
 def test_json_form_round_trips(base):
     values = json.loads(json.dumps(plan_of(base).to_dict()))
     assert values["privacy"]["steps"] == 10

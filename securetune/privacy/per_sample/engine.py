@@ -1,0 +1,413 @@
+"""Per-sample gradients of every trainable parameter, recorded while one backward pass runs.
+
+Each module that owns a trainable parameter gets a forward of its own, whose backward pass hands the layer's
+inputs and output gradients to the engine and returns no weight gradient: the summed gradient that ordinary
+autograd would compute, and that a private step must not use, is never computed.
+
+Dimensions: ``B`` samples, ``T`` positions, ``P`` trainable parameters.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from securetune.errors import PrivacyError
+from securetune.privacy.per_sample.gradients import BatchGradients, TrainableParameter, _Uses, as_3d
+from securetune.privacy.per_sample.paths import find_paths
+from securetune.privacy.per_sample.self_check import check_against_autograd
+
+# What wrappers put into parameter names: torch.compile, FSDP, activation checkpointing, DDP.
+_WRAPPER_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_logger = logging.getLogger(__name__)
+_BATCH_ARGUMENTS = ("input_ids", "inputs_embeds", "hidden_states", "pixel_values")
+
+
+class PerSampleGradients:
+    """Record every sample's gradient of every trainable parameter, in one backward pass.
+
+    Guarantees:
+        The gradient of sample ``i`` in :meth:`backward` is that of ``losses[i]`` alone, as ordinary autograd
+        computes it for a batch of one, up to rounding. A trainable parameter without an exact path is refused
+        by name: at construction where its module tells, else at the first :meth:`backward`. Passes outside
+        :meth:`backward` (an attack's, an evaluation's) record nothing and leave every ``.grad`` untouched; a
+        plain ``loss.backward()`` is refused, since it would train nothing.
+
+    Args:
+        model: The model, already on its device, its frozen parameters frozen. Trainable parameters must be on
+            one device.
+
+    Raises:
+        PrivacyError: If a trainable parameter has no exact per-sample path, or a module couples samples; the
+            message names it and the remedy.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.parameters = _trainable_parameters(model)
+        self._place = {id(place.parameter): place for place in self.parameters}
+        self.paths = find_paths(model, self)
+        self.num_params = self.parameters[-1].stop
+        first = self.parameters[0].parameter
+        self.device = first.device
+        self.compute_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self._owners = _count_owners(model)
+        self._row_columns = _lay_out_rows(self.parameters, self.paths)
+        width = sum(stop - start for start, stop in self._row_columns.values())
+        self._buffer = torch.empty(0, width, dtype=self.compute_dtype, device=self.device)
+        self._flat_params: nn.Parameter | None = None
+        self._recording = False
+        self._is_proving = self._is_proven = False
+        self._rows = 0
+        self._batch_rows: int | None = None
+        self._written: set[int] = set()
+        self._factored: dict[int, _Uses] = {}
+        self._hooks = self._watch_batch_size()
+        for path in self.paths:
+            path.attach()
+
+    def detach(self) -> None:
+        """Give the modules their own forward back."""
+        for path in self.paths:
+            path.detach()
+        for hook in self._hooks:
+            hook.remove()
+
+    def parameter_names(self) -> list[str]:
+        """Return the names of the trainable parameters in canonical order."""
+        return [place.name for place in self.parameters]
+
+    @property
+    def flat_params(self) -> nn.Parameter:
+        """``[P]``: all trainable parameters as one; they become views of it, and an optimizer updates one.
+
+        Raises:
+            PrivacyError: If their dtypes differ.
+        """
+        if self._flat_params is None:
+            self._flat_params = _flatten(self.parameters)
+        return self._flat_params
+
+    @property
+    def owned_by_optimizer(self) -> tuple[list[nn.Parameter], nn.Parameter | None]:
+        """The trainable parameters, and the flat one where it exists: what an optimizer may own."""
+        return [place.parameter for place in self.parameters], self._flat_params
+
+    def backward(self, losses: Tensor, unit_ids: Sequence[Hashable] | None = None) -> BatchGradients:
+        """Differentiate each sample's loss.
+
+        Args:
+            losses: ``[B]``, one loss per sample, still attached to its graph. Losses must not be coupled: row
+                ``i`` may depend on sample ``i`` only.
+            unit_ids: Privacy unit of each sample; every sample is a unit of its own when None. The gradients
+                of one unit's samples count as one.
+
+        Returns:
+            The recorded gradients, valid until the next call.
+
+        Raises:
+            PrivacyError: If ``losses`` is not one value per sample, a layer saw another number of samples, or
+                a parameter was used outside of its module.
+        """
+        if losses.ndim != 1:
+            raise PrivacyError(
+                f"losses must hold one value per sample, shape [B], got shape {tuple(losses.shape)}. A mean "
+                "or sum over the batch mixes samples: use reduction='none' and reduce within each sample "
+                "only."
+            )
+        if unit_ids is not None and len(unit_ids) != len(losses):
+            raise PrivacyError(f"unit_ids has {len(unit_ids)} entries for {len(losses)} losses.")
+        self._start(len(losses))
+        if self._rows:
+            self._refuse_leftover_gradients("before the pass")
+            self._recording = True
+            try:
+                if self._rows > 1 and not self._is_proven:
+                    self._prove_isolation(losses)
+                losses.sum().backward()
+            finally:
+                self._recording = False
+            self._refuse_leftover_gradients("by the pass")
+        rows = self._buffer[: self._rows]
+        for index, (start, stop) in self._row_columns.items():
+            if index not in self._written:
+                rows[:, start:stop] = 0.0
+        factored, self._factored = self._factored, {}
+        self._batch_rows = None
+        index = None if unit_ids is None else _unit_index(unit_ids, self.device)
+        return BatchGradients(self.parameters, rows, self._row_columns, factored, index)
+
+    def check(self, losses_of: Callable[[list[int]], Tensor], batch_size: int) -> float:
+        """Compare a small batch with ordinary autograd, parameter by parameter, and with each sample alone.
+
+        Run it on public examples of unequal length. Adapters hold random values meanwhile: a fresh LoRA has
+        ``B = 0``, and with it a gradient of ``A`` that is zero whether right or wrong.
+
+        Args:
+            losses_of: Called with a list of row indices, returns their losses ``[len(rows)]`` from a fresh
+                forward pass without dropout.
+            batch_size: Number of rows that ``losses_of`` accepts; at least 1.
+
+        Returns:
+            The largest relative difference of the whole gradient.
+
+        Raises:
+            PrivacyError: If the accumulated gradient differs from ordinary autograd's, if a sample's gradient
+                depends on its batch-mates (a coupled loss), or if no gradient reaches the parameters.
+        """
+        return check_against_autograd(self, losses_of, batch_size)
+
+    @contextlib.contextmanager
+    def ordinary_autograd(self) -> Iterator[None]:
+        """Run the modules' own forwards meanwhile, so that autograd computes every gradient itself."""
+        for path in self.paths:
+            path.detach()
+        try:
+            yield
+        finally:
+            for path in self.paths:
+                path.attach()
+
+    # What the paths call.
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether the running backward pass is one of :meth:`backward`."""
+        return self._recording
+
+    @property
+    def is_proving(self) -> bool:
+        """Whether the running pass only proves that samples are isolated, and records nothing."""
+        return self._is_proving
+
+    @property
+    def batch_rows(self) -> int | None:
+        """Number of samples in the running forward pass, where a module's arguments told."""
+        return self._batch_rows
+
+    def place_of(self, parameter: nn.Parameter) -> TrainableParameter | None:
+        """Return the place of a parameter, None for a frozen one."""
+        return self._place.get(id(parameter))
+
+    def record_dense(self, place: TrainableParameter, a: Tensor, g: Tensor, name: str) -> None:
+        """Record the gradient ``g_i^T a_i`` of a matrix; ``a``: ``[B, ..., d]``, ``g``: ``[B, ..., p]``."""
+        a, g = self.by_sample(a, name), self.by_sample(g, name)
+        uses = self._uses(place, name)
+        is_tied = self._owners[id(place.parameter)] > 1
+        uses.add_dense(as_3d(a), as_3d(g), self.compute_dtype, is_tied=is_tied)
+
+    def record_lookup(self, place: TrainableParameter, ids: Tensor, g: Tensor, name: str) -> None:
+        """Record the gradient of a table; ``ids``: ``[B, T]``, ``g``: ``[B, T, d]``."""
+        ids, g = self.by_sample(ids, name), self.by_sample(g, name)
+        uses = self._uses(place, name)
+        uses.lookups.append((ids.reshape(self._rows, -1), g.reshape(self._rows, -1, g.shape[-1])))
+
+    def record_rows(self, place: TrainableParameter, grads: Tensor, name: str) -> None:
+        """Record written-out gradients ``[B, *shape]`` of a parameter."""
+        if grads.shape[0] != self._rows:
+            raise _not_by_sample(name, grads.shape[0], self._rows)
+        columns = self.row_slice(place)
+        if (
+            place.index in self._written
+        ):  # the module ran more than once in this forward: its gradients add up
+            columns += grads.flatten(1)
+        else:
+            columns.copy_(grads.flatten(1))
+            self._written.add(place.index)
+
+    def _uses(self, place: TrainableParameter, name: str) -> _Uses:
+        if place.index in self._row_columns:
+            raise PrivacyError(
+                f"{place.name} is shared by layers of different kinds, and layer {name} has no path that "
+                "covers both. Untie it, or freeze it (requires_grad_(False))."
+            )
+        return self._factored.setdefault(place.index, _Uses())
+
+    def row_slice(self, place: TrainableParameter) -> Tensor:
+        """Return the columns of a parameter in the buffer of the running pass: ``[B, numel]``."""
+        start, stop = self._row_columns[place.index]
+        return self._buffer[: self._rows, start:stop]
+
+    def refuse_plain_backward(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Raise if the running pass is a plain ``loss.backward()``, which would leave these untrained."""
+        for parameter in parameters:
+            if not parameter.requires_grad:  # frozen meanwhile, by an attack
+                continue
+            node = torch.autograd.graph.get_gradient_edge(parameter).node
+            if torch._C._will_engine_execute_node(node):  # pyright: ignore[reportAttributeAccessIssue]
+                raise PrivacyError(
+                    "a plain backward() reached a layer with per-sample gradients, which computes no summed "
+                    "weight gradient, so nothing would be trained. Give the losses [B] to the private step's "
+                    "backward; for gradients of inputs use torch.autograd.grad(loss, inputs)."
+                )
+
+    def _prove_isolation(self, losses: Tensor) -> None:
+        """Differentiate the first sample's loss alone: no other sample's rows may receive a gradient."""
+        self._is_proving = True
+        try:
+            losses[0].backward(retain_graph=True)
+        except RuntimeError as error:
+            if "donated buffer" not in str(error):
+                raise
+            _logger.warning(
+                "a compiled model keeps no second backward pass, so the proof that samples are not coupled "
+                "did not run; check(losses_of, batch_size) does the same."
+            )
+        finally:
+            self._is_proving = False
+        self._is_proven = True
+
+    def _start(self, rows: int) -> None:
+        self._rows = rows
+        if self._buffer.shape[0] < rows:
+            self._buffer = self._buffer.new_empty(rows, self._buffer.shape[1])
+        self._written.clear()
+        self._factored = {}
+
+    def by_sample(self, tensor: Tensor, name: str) -> Tensor:
+        """View ``[B, ...]`` or ``[B * T, ...]`` with one row per sample; the first pass proves that it is so.
+
+        Args:
+            tensor: What a layer saw.
+            name: The layer's name.
+
+        Returns:
+            ``[B, ...]``.
+
+        Raises:
+            PrivacyError: If the number of rows is not a multiple of the number of samples, or a sample's loss
+                reaches another sample's rows.
+        """
+        if tensor.shape[0] == 0 or tensor.shape[0] % self._rows:
+            raise _not_by_sample(name, tensor.shape[0], self._rows)
+        if tensor.shape[0] > self._rows:
+            tensor = tensor.unflatten(0, (self._rows, -1))
+        return tensor
+
+    def refuse_coupled(self, g: Tensor, name: str) -> None:
+        """In the pass that proves isolation, raise if the first sample's loss reaches another's rows."""
+        others = self.by_sample(g, name)[1:]
+        if bool((others.isfinite() & (others != 0)).any()):
+            raise PrivacyError(
+                f"the samples of a batch are coupled: the loss of one depends on another's values in layer "
+                f"{name}, so no sample's gradient is its own. Causes: batch statistics, in-batch negatives, "
+                "a balance loss of experts, or an input that is not batch-first. Remove the coupling or "
+                "freeze the layer."
+            )
+
+    def _refuse_leftover_gradients(self, when: str) -> None:
+        for place in self.parameters:
+            if place.parameter.grad is not None:
+                place.parameter.grad = None
+                raise PrivacyError(
+                    f"{place.name} got an ordinary gradient {when}, which is neither clipped nor noised: it "
+                    "is used outside of its module's forward, or another backward() ran. Freeze it "
+                    "(requires_grad_(False)) or call its module; then start the step again."
+                )
+
+    def _watch_batch_size(self) -> list[Any]:
+        """Learn the number of samples from the arguments of the modules above embeddings.
+
+        Position ids often come as ``[1, T]``, one row for all samples; the lookup is then done per sample.
+        """
+        above: dict[str, nn.Module] = {}
+        modules = dict(self.model.named_modules())
+        for path in self.paths:
+            parts = path.name.split(".")
+            if isinstance(path.module, nn.Embedding):
+                above |= {
+                    name: modules[name] for i in range(len(parts)) if (name := ".".join(parts[:i])) in modules
+                }
+
+        root = id(self.model)
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not torch.is_grad_enabled():
+                return
+            named = [kwargs[key] for key in _BATCH_ARGUMENTS if isinstance(kwargs.get(key), Tensor)]
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            rows = next((value.shape[0] for value in [*named, *tensors] if value.ndim >= 2), None)
+            # inner modules may be called with one row for all samples, which tells nothing
+            if rows is not None and (named or id(module) == root or rows > 1):
+                self._batch_rows = rows
+
+        untraced: Any = torch.compiler.disable(note)
+        return [module.register_forward_pre_hook(untraced, with_kwargs=True) for module in above.values()]
+
+
+def _not_by_sample(name: str, found: int, samples: int) -> PrivacyError:
+    return PrivacyError(
+        f"layer {name} saw {found} rows where the batch has {samples} samples, so its gradient can't be "
+        "split by sample. Give it batch-first input, one row per sample, or freeze it; packed rows are not "
+        "supported here."
+    )
+
+
+def _trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
+    places: list[TrainableParameter] = []
+    start = 0
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        for inserted in _WRAPPER_NAMES:
+            name = name.replace(inserted, "")
+        places.append(TrainableParameter(name, parameter, len(places), start, start + parameter.numel()))
+        start = places[-1].stop
+    if not places:
+        raise PrivacyError(
+            "the model has no trainable parameter. Unfreeze some (requires_grad_(True)), or add adapters "
+            "with peft.get_peft_model(model, LoraConfig(...))."
+        )
+    devices = {str(place.parameter.device) for place in places}
+    if len(devices) > 1 or "meta" in devices:
+        raise PrivacyError(
+            f"trainable parameters must be on one device, got {', '.join(sorted(devices))}. Move the model "
+            "first."
+        )
+    return places
+
+
+def _count_owners(model: nn.Module) -> dict[int, int]:
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return owners
+
+
+def _lay_out_rows(
+    parameters: Sequence[TrainableParameter], paths: Sequence[Any]
+) -> dict[int, tuple[int, int]]:
+    """Give a range of buffer columns to each parameter whose path writes rows."""
+    written = {place.index for path in paths for place in path.row_places()}
+    columns: dict[int, tuple[int, int]] = {}
+    start = 0
+    for place in parameters:
+        if place.index in written:
+            columns[place.index] = (start, start + place.parameter.numel())
+            start += place.parameter.numel()
+    return columns
+
+
+def _flatten(parameters: Sequence[TrainableParameter]) -> nn.Parameter:
+    dtypes = {place.parameter.dtype for place in parameters}
+    if len(dtypes) > 1:
+        raise PrivacyError(
+            f"flat_params needs one dtype, the trainable parameters have {', '.join(map(str, dtypes))}. Give "
+            "the optimizer the parameters themselves."
+        )
+    flat = nn.Parameter(torch.cat([place.parameter.detach().flatten() for place in parameters]))
+    for place in parameters:
+        place.parameter.data = flat.data[place.start : place.stop].view_as(place.parameter)
+    return flat
+
+
+def _unit_index(unit_ids: Sequence[Hashable], device: torch.device) -> Tensor | None:
+    """Number the units from 0 in order of appearance; None where every sample is its own unit."""
+    numbers: dict[Hashable, int] = {}
+    index = [numbers.setdefault(unit, len(numbers)) for unit in unit_ids]
+    return torch.tensor(index, device=device) if len(numbers) < len(index) else None

@@ -1,0 +1,363 @@
+"""What one backward pass recorded: per-sample norms, and the weighted sum, of every parameter's gradient.
+
+Two ways to hold a parameter's per-sample gradients. *Rows*: written out, one flat row per sample, for
+parameters whose per-sample gradient is small (adapters, biases, norm layers). *Factors*: the layer's inputs
+``a`` and output gradients ``g``, whose product is the gradient (book-keeping, Bu et al. 2022,
+https://arxiv.org/abs/2210.00038); norms come from Gram matrices, the weighted sum from one product after the
+norms are known. Either way no gradient is computed twice and none is computed unweighted.
+
+Dimensions: ``B`` samples, ``U`` privacy units, ``G`` clipping groups, ``T`` positions, ``d`` input features,
+    ``p`` output features, ``P`` trainable parameters.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+# Sums over blocks of this many columns: one float32 sum over millions of entries loses digits on a CPU.
+_BLOCK_COLUMNS = 4096
+# A norm taken from a Gram matrix is a sum of products that may cancel, so its rounding error is relative to
+# the sum of their magnitudes. So many units in the last place of that sum are added, which makes the norm an
+# upper bound.
+_GRAM_SLACK_ULPS = 2
+
+
+@dataclass(frozen=True)
+class TrainableParameter:
+    """A trainable parameter and its place in the canonical flat vector.
+
+    Attributes:
+        name: As in ``model.named_parameters()``, without the names that wrappers insert; a tied parameter has
+            its first name.
+        parameter: The parameter itself.
+        index: Position among the trainable parameters.
+        start: Flat index of its first entry.
+        stop: Flat index after its last entry.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass
+class _Uses:
+    """How one factored parameter was used: all its gradients add up."""
+
+    dense: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a [B, T, d], g [B, T, p]
+    lookups: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # ids [B, T], g [B, T, d]
+    written: Tensor | None = None  # [B, p * d]: where the product is no larger than its factors
+
+    def add_dense(self, a: Tensor, g: Tensor, dtype: torch.dtype, *, is_tied: bool) -> None:
+        """Keep one use of a dense layer, as factors or, where that takes less, as their product."""
+        tokens, d, p = a.shape[1], a.shape[2], g.shape[2]
+        is_smaller = tokens > 1 and tokens * (d + p) >= d * p and not self.dense and not is_tied
+        if self.written is None and not is_smaller:
+            self.dense.append((a, g))
+            return
+        product = torch.bmm(g.to(dtype).transpose(1, 2), a.to(dtype)).flatten(1)
+        self.written = product if self.written is None else self.written.add_(product)
+
+
+class BatchGradients:
+    """The per-sample gradients of one backward pass, never summed without factors.
+
+    Valid until the next backward pass of the same engine, which reuses the buffer.
+
+    Args:
+        parameters: The trainable parameters in canonical order.
+        rows: ``[B, R]``, float32 or float64: the written gradients.
+        row_columns: First and last column, exclusive, of each parameter that is written, by its index.
+        factored: The factors of every other parameter that got a gradient, by its index.
+        unit_index: ``[B]``, int64, or None where every sample is a unit of its own.
+
+    Attributes:
+        num_samples: ``B``.
+        unit_index: ``[B]``, int64: the privacy unit, from 0, that each sample belongs to.
+        num_units: ``U``.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[TrainableParameter],
+        rows: Tensor,
+        row_columns: dict[int, tuple[int, int]],
+        factored: dict[int, _Uses],
+        unit_index: Tensor | None,
+    ) -> None:
+        self._parameters = parameters
+        self._rows = rows  # [B, R]
+        self._row_columns = row_columns
+        self._factored = factored
+        self.num_samples = rows.shape[0]
+        self._has_joint_units = unit_index is not None
+        self.unit_index = torch.arange(len(rows), device=rows.device) if unit_index is None else unit_index
+        self.num_units = int(self.unit_index.max()) + 1 if len(rows) else 0
+
+    @property
+    def num_params(self) -> int:
+        """Number of trainable parameters, ``P``."""
+        return self._parameters[-1].stop
+
+    @property
+    def flat_rows(self) -> Tensor | None:
+        """``[B, P]``: the written rows, where they hold everything and each sample is a unit of its own."""
+        is_whole = self._rows.shape[1] == self.num_params and not self._has_joint_units
+        return self._rows if is_whole else None
+
+    def squared_norms(self, group_of: Sequence[int] | None = None, num_groups: int = 1) -> Tensor:
+        """Square the L2 norm of every unit's summed gradient, group by group.
+
+        Args:
+            group_of: Group of each parameter, in canonical order; one group when None.
+            num_groups: ``G``.
+
+        Returns:
+            ``[U, G]``, float32 (float64 for a float64 model). Not finite where a gradient is not.
+        """
+        groups = [0] * len(self._parameters) if group_of is None else group_of
+        norms = torch.zeros(self.num_units, num_groups, dtype=self._rows.dtype, device=self._rows.device)
+        if self.num_samples == 0:
+            return norms
+        with full_precision():
+            unit_rows = self._sum_by_unit(self._rows)
+            if num_groups == 1:
+                norms[:, 0] = row_squared_norms(unit_rows)
+            else:
+                for index, (start, stop) in self._row_columns.items():
+                    norms[:, groups[index]] += row_squared_norms(unit_rows[:, start:stop])
+            for index, uses in self._factored.items():
+                norms[:, groups[index]] += self._factored_norms(uses)
+        return norms
+
+    def accumulate(self, factors: Tensor, out: Tensor, group_of: Sequence[int] | None = None) -> None:
+        """Add the weighted sum of the units' gradients to ``out``.
+
+        A unit whose factor is zero is left out, not multiplied, so that its gradient may be anything.
+
+        Args:
+            factors: ``[U, G]``, float32: weight of each unit in each group.
+            out: ``[P]``, float32: accumulator in canonical order.
+            group_of: Group of each parameter, in canonical order; one group when None.
+        """
+        if self.num_samples == 0:
+            return
+        groups = [0] * len(self._parameters) if group_of is None else group_of
+        by_row = factors.to(self._rows.dtype)[self.unit_index]  # [B, G]
+        kept = [(by_row[:, g] != 0).nonzero().flatten() for g in range(factors.shape[1])]
+        with full_precision():
+            for run in self._column_runs(groups):
+                keep, weights = kept[run.group], by_row[:, run.group]
+                rows = self._rows[:, run.columns]
+                if len(keep) < self.num_samples:
+                    rows, weights = rows[keep], weights[keep]
+                out[run.flat].addmv_(rows.t().to(out.dtype), weights.to(out.dtype))
+            for index, uses in self._factored.items():
+                place = self._parameters[index]
+                keep, weights = kept[groups[index]], by_row[:, groups[index]]
+                _accumulate_factored(uses, keep, weights, out[place.start : place.stop])
+
+    def materialize(self) -> Tensor:
+        """Write every sample's gradient out, for checks and tests: ``B * P`` numbers.
+
+        Returns:
+            ``[B, P]``, in canonical order.
+        """
+        rows = self._rows.new_zeros(self.num_samples, self.num_params)
+        for index, (start, stop) in self._row_columns.items():
+            place = self._parameters[index]
+            rows[:, place.start : place.stop] = self._rows[:, start:stop]
+        with full_precision():
+            for sample in range(self.num_samples):
+                keep = torch.tensor([sample], device=rows.device)
+                ones = rows.new_ones(self.num_samples)
+                for index, uses in self._factored.items():
+                    place = self._parameters[index]
+                    _accumulate_factored(uses, keep, ones, rows[sample, place.start : place.stop])
+        return rows
+
+    def _sum_by_unit(self, rows: Tensor) -> Tensor:
+        if not self._has_joint_units:
+            return rows
+        return rows.new_zeros(self.num_units, rows.shape[1]).index_add_(0, self.unit_index, rows)
+
+    def _joined(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Join all uses along ``T``, and the samples of a unit too: ``[U, M T, ...]``, padded with zeros."""
+        tensors: list[Tensor] = []
+        for position in range(2):
+            parts = [pair[position] for pair in pairs]
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            tensors.append(whole.to(self._rows.dtype) if whole.is_floating_point() else whole)
+        if not self._has_joint_units:
+            return tensors[0], tensors[1]
+        order = torch.argsort(self.unit_index, stable=True)
+        counts = torch.bincount(self.unit_index, minlength=self.num_units)
+        first = counts.cumsum(0) - counts
+        slot = torch.arange(self.num_samples, device=order.device) - first[self.unit_index[order]]
+        most = int(counts.max())
+        joined: list[Tensor] = []
+        for tensor in tensors:
+            padded = tensor.new_zeros(self.num_units, most, *tensor.shape[1:])
+            padded[self.unit_index[order], slot] = tensor[order]
+            joined.append(padded.flatten(1, 2))
+        return joined[0], joined[1]
+
+    def _factored_norms(self, uses: _Uses) -> Tensor:
+        dtype = self._rows.dtype
+        if uses.written is not None:
+            return row_squared_norms(self._sum_by_unit(uses.written))
+        if not uses.dense:
+            return lookup_squared_norms(*self._joined(uses.lookups))
+        a, g = self._joined(uses.dense)
+        if not uses.lookups:
+            return dense_squared_norms(a, g)
+        ids, lookup_g = self._joined(uses.lookups)
+        total = dense_squared_norms(a, g) + lookup_squared_norms(ids, lookup_g)
+        slack = _GRAM_SLACK_ULPS * torch.finfo(dtype).eps * total
+        return (total + 2 * _cross_products(a, g, ids, lookup_g)).clamp_min(0) + slack
+
+    def _column_runs(self, groups: Sequence[int]) -> Iterator["_ColumnRun"]:
+        """Yield maximal ranges of row columns that lie together in the flat vector and share a group."""
+        run: _ColumnRun | None = None
+        for index, (start, stop) in sorted(self._row_columns.items()):
+            place = self._parameters[index]
+            if (
+                run
+                and run.flat.stop == place.start
+                and run.columns.stop == start
+                and run.group == groups[index]
+            ):
+                run = _ColumnRun(slice(run.columns.start, stop), slice(run.flat.start, place.stop), run.group)
+                continue
+            if run:
+                yield run
+            run = _ColumnRun(slice(start, stop), slice(place.start, place.stop), groups[index])
+        if run:
+            yield run
+
+
+@dataclass(frozen=True)
+class _ColumnRun:
+    columns: slice
+    flat: slice
+    group: int
+
+
+def row_squared_norms(rows: Tensor) -> Tensor:
+    """Square each row's L2 norm in blocks, so that float32 keeps its digits over millions of columns.
+
+    Args:
+        rows: ``[B, R]``, float32 or float64.
+
+    Returns:
+        ``[B]``, same dtype.
+    """
+    blocks = rows.shape[1] // _BLOCK_COLUMNS
+    split = blocks * _BLOCK_COLUMNS
+    norms = torch.linalg.vector_norm(rows[:, split:], dim=1).square()
+    if blocks:
+        parts = torch.linalg.vector_norm(rows[:, :split].unflatten(1, (blocks, _BLOCK_COLUMNS)), dim=2)
+        norms = norms + torch.linalg.vector_norm(parts, dim=1).square()
+    return norms
+
+
+def dense_squared_norms(a: Tensor, g: Tensor) -> Tensor:
+    """Square the norm of ``g_i^T a_i`` for every ``i``, by the cheaper of two ways.
+
+    Args:
+        a: ``[U, T, d]``: inputs of a dense layer.
+        g: ``[U, T, p]``: gradients of its outputs.
+
+    Returns:
+        ``[U]``: an upper bound of the squared norms that is tight up to a few units in the last place of the
+            sum of the products' magnitudes.
+    """
+    tokens, d, p = a.shape[1], a.shape[2], g.shape[2]
+    if tokens == 1:
+        return a.flatten(1).square().sum(1) * g.flatten(1).square().sum(1)
+    if tokens * (d + p) >= d * p:  # the gradient itself costs less than the Gram matrices
+        small, large = (a, g) if d <= p else (g, a)
+        return row_squared_norms(torch.bmm(small.transpose(1, 2), large).flatten(1))
+    gram_a, gram_g = torch.bmm(a, a.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
+    lengths = (_diagonal(gram_a) * _diagonal(gram_g)).sqrt().sum(1)
+    slack = _GRAM_SLACK_ULPS * torch.finfo(a.dtype).eps * lengths.square()
+    return torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1)).clamp_min(0) + slack
+
+
+def lookup_squared_norms(ids: Tensor, g: Tensor) -> Tensor:
+    """Square the norm of an embedding table's gradient for every sample: equal ids add up first.
+
+    Args:
+        ids: ``[U, T]``, int64.
+        g: ``[U, T, d]``: gradients of the rows that were looked up.
+
+    Returns:
+        ``[U]``.
+    """
+    units, tokens = ids.shape
+    row = torch.arange(units, device=ids.device)[:, None].expand(units, tokens)
+    keys, places = torch.unique(row * (ids.max() + 1) + ids, return_inverse=True)
+    summed = g.new_zeros(len(keys), g.shape[2]).index_add_(0, places.flatten(), g.flatten(0, 1))
+    owner = keys // (ids.max() + 1)
+    return g.new_zeros(units).index_add_(0, owner, torch.linalg.vector_norm(summed, dim=1).square())
+
+
+def _cross_products(a: Tensor, g: Tensor, ids: Tensor, lookup_g: Tensor) -> Tensor:
+    """Inner product of a tied matrix's two gradients, as output layer and as embedding table: ``[U]``."""
+    at_ids = g.gather(2, ids[:, None, :].expand(-1, g.shape[1], -1))  # [U, S, T]
+    return torch.linalg.vecdot(at_ids.flatten(1), torch.bmm(a, lookup_g.transpose(1, 2)).flatten(1))
+
+
+def _accumulate_factored(uses: _Uses, keep: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Add a parameter's gradient, summed over the rows in ``keep`` with weights, to ``out [p * d]``."""
+    everything = len(keep) == len(weights)
+    weights = (weights if everything else weights[keep]).to(out.dtype)
+    if uses.written is not None:
+        rows = uses.written if everything else uses.written[keep]
+        out.addmv_(rows.t().to(out.dtype), weights)
+    for a, g in uses.dense:
+        a, g = (a, g) if everything else (a[keep], g[keep])
+        a, g = a.to(out.dtype), g.to(out.dtype)
+        if a.shape[2] <= g.shape[2]:
+            a = a * weights[:, None, None]
+        else:
+            g = g * weights[:, None, None]
+        out.view(g.shape[2], a.shape[2]).addmm_(g.flatten(0, 1).t(), a.flatten(0, 1))
+    for ids, g in uses.lookups:
+        ids, g = (ids, g) if everything else (ids[keep], g[keep])
+        weighted = g.to(out.dtype) * weights[:, None, None]
+        out.view(-1, g.shape[2]).index_add_(0, ids.flatten(), weighted.flatten(0, 1))
+
+
+def _diagonal(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=1, dim2=2).clamp_min(0)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32: TF32 and bfloat16 shortcuts would loosen the clipping."""
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+def flat_size(parameters: Sequence[TrainableParameter]) -> int:
+    """Number of entries of all parameters together."""
+    return parameters[-1].stop if parameters else 0
+
+
+def as_3d(x: Tensor) -> Tensor:
+    """View ``[B, ..., d]`` as ``[B, T, d]``."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])

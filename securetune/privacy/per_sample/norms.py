@@ -1,0 +1,157 @@
+"""LayerNorm and RMSNorm: scale and shift by rows; frozen RMSNorm in fewer sweeps than autograd takes."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from securetune.privacy.per_sample.gradients import TrainableParameter
+from securetune.privacy.per_sample.paths import Path, _detached, recorded, sum_rows
+
+if TYPE_CHECKING:
+    from securetune.privacy.per_sample.engine import PerSampleGradients
+
+
+class LayerNormPath(Path):
+    """``nn.LayerNorm``: the gradients of its weight and bias, written out."""
+
+    def row_places(self) -> list[TrainableParameter]:
+        """Weight and bias."""
+        return sum_rows([self.place(self.module.weight), self.place(self.module.bias)])
+
+    def run(self, x: Tensor) -> Tensor:
+        """Run the layer; ``x``: ``[B, ..., *normalized_shape]``."""
+        module = self.module
+        weight, bias = self.place(module.weight), self.place(module.bias)
+        shape = module.normalized_shape
+        y = functional.layer_norm(x, shape, _detached(module.weight), _detached(module.bias), module.eps)
+
+        def record(g: Tensor, x: Tensor) -> None:
+            dtype = self.engine.compute_dtype
+            g, x = self.engine.by_sample(g, self.name).to(dtype), self.engine.by_sample(x, self.name)
+            if weight is not None:
+                normalized = functional.layer_norm(x.to(dtype), shape, eps=module.eps)
+                self.engine.record_rows(weight, _sum_leading(g * normalized, len(shape)), self.name)
+            if bias is not None:
+                self.engine.record_rows(bias, _sum_leading(g, len(shape)), self.name)
+
+        return recorded(self, y, record, x)
+
+
+class RmsNormPath(Path):
+    """``nn.RMSNorm`` and its equals in transformers, trainable or frozen."""
+
+    def __init__(self, engine: "PerSampleGradients", name: str, module: Any, eps: float | None) -> None:
+        super().__init__(engine, name, module)
+        self._eps = eps
+
+    def row_places(self) -> list[TrainableParameter]:
+        """The weight, if it trains."""
+        return sum_rows([self.place(self.module.weight)])
+
+    def run(self, x: Tensor) -> Tensor:
+        """Run the layer; ``x``: ``[B, ..., d]``."""
+        if not x.requires_grad and not self.parameters:
+            return self._original(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return _RmsNorm.apply(x, self.module.weight, self, self._eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """``x / rms(x) * w``, in float32 as transformers computes it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, path: RmsNormPath, eps: float | None) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).unsqueeze_(-1)
+        scale = mean_square.add_(torch.finfo(x.dtype).eps if eps is None else eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.path = path
+        normalized = wide * scale
+        if x.dtype == normalized.dtype == weight.dtype:
+            return normalized.mul_(weight)
+        return normalized.to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grad_outputs
+        x, weight, scale = ctx.saved_tensors
+        path: RmsNormPath = ctx.path
+        wide, g_wide = x.to(scale.dtype), g.to(scale.dtype)
+        if ctx.needs_input_grad[1]:
+            _record_scale(path, g_wide, wide, scale)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        weighted = g_wide * weight
+        dots = torch.linalg.vecdot(weighted, wide).unsqueeze_(-1)
+        inward = dots.mul_(scale).mul_(scale).div_(-x.shape[-1])  # [..., 1]
+        dx = weighted.addcmul_(wide, inward).mul_(scale)
+        return dx.to(x.dtype), None, None, None
+
+
+def _record_scale(path: RmsNormPath, g: Tensor, x: Tensor, scale: Tensor) -> None:
+    engine = path.engine
+    if engine.is_proving:
+        engine.refuse_coupled(g, path.name)
+        return
+    if not engine.is_recording:
+        engine.refuse_plain_backward(path.parameters)
+        return
+    place = engine.place_of(path.module.weight)
+    assert place is not None
+    products = engine.by_sample((g * x).mul_(scale), path.name)
+    engine.record_rows(place, _sum_leading(products.to(engine.compute_dtype), 1), path.name)
+
+
+def norm_path(engine: "PerSampleGradients", name: str, module: nn.Module) -> Path | None:
+    """Return a norm layer's path, None where it is no known norm or nothing is gained.
+
+    A class of another library counts as RMSNorm when its output equals the formula on random input: names do
+    not tell (Gemma's multiplies by ``1 + w``).
+
+    Args:
+        engine: Who will record.
+        name: The module's name.
+        module: Any module.
+
+    Returns:
+        The path, not yet attached.
+    """
+    trains = any(p.requires_grad for p in module._parameters.values() if p is not None)
+    if type(module) is nn.LayerNorm:
+        return LayerNormPath(engine, name, module) if trains else None
+    if type(module) is nn.RMSNorm:
+        is_plain = len(module.normalized_shape) == 1 and module.weight is not None
+        return RmsNormPath(engine, name, module, module.eps) if is_plain else None
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and _is_rms_norm(module, eps):
+        return RmsNormPath(engine, name, module, eps)
+    return None
+
+
+def _is_rms_norm(module: Any, eps: float) -> bool:
+    own = dict(module.named_parameters())
+    if list(own) != ["weight"] or own["weight"].ndim != 1 or own["weight"].device.type == "meta":
+        return False
+    weight: Tensor = own["weight"].detach()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, len(weight), generator=generator, dtype=torch.float64)
+    x = (x * torch.tensor([1e-3, 1.0])[:, None, None]).to(weight)
+    try:
+        with torch.no_grad():
+            actual = module(x)
+    except (TypeError, RuntimeError):  # takes other arguments: some other layer
+        return False
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    expected = (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight
+    tolerance = 4 * torch.finfo(x.dtype).eps
+    return isinstance(actual, Tensor) and torch.allclose(
+        actual.to(wide.dtype), expected.to(wide.dtype), rtol=tolerance, atol=0.0
+    )
+
+
+def _sum_leading(products: Tensor, num_dims: int) -> Tensor:
+    """Sum ``[B, ..., *shape]`` over what lies between the batch and the last ``num_dims`` dimensions."""
+    flat = products.flatten(1, -num_dims - 1) if products.ndim > 1 + num_dims else products.unsqueeze(1)
+    return flat.sum(dim=1)

@@ -1,0 +1,328 @@
+"""Which module of a model gets which exact per-sample path, and the paths of the common layers.
+
+A path stands in for one module's ``forward``. It runs the layer with its weights detached, so that autograd
+computes no summed weight gradient, and puts a recorder on the output: in the backward pass of the engine the
+recorder sees the output's gradient and hands it, with the layer's input, to the engine.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from securetune.errors import PrivacyError
+from securetune.privacy.per_sample.gradients import TrainableParameter
+
+if TYPE_CHECKING:
+    from securetune.privacy.per_sample.engine import PerSampleGradients
+
+Record = Callable[[Tensor], None]
+
+
+class Path:
+    """Stands in for a module's forward; a subclass knows one kind of layer.
+
+    Args:
+        engine: Who records.
+        name: The module's name in the model.
+        module: The module.
+    """
+
+    def __init__(self, engine: "PerSampleGradients", name: str, module: Any) -> None:
+        self.engine, self.name, self.module = engine, name, module
+        self._is_attached = False
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters that this path records."""
+        own = (p for p in self.module._parameters.values() if p is not None)
+        return [parameter for parameter in own if parameter.requires_grad]
+
+    def row_places(self) -> list[TrainableParameter]:
+        """Places of the parameters whose gradients are written out."""
+        return []
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer and record in its backward pass."""
+        raise NotImplementedError
+
+    def place(self, parameter: nn.Parameter | None) -> TrainableParameter | None:
+        """Return the parameter's place, None where there is none or it is frozen."""
+        return None if parameter is None else self.engine.place_of(parameter)
+
+    def attach(self) -> None:
+        """Put this path in the place of the module's forward."""
+        if not self._is_attached:
+            self._original = self.module.forward
+            self.module.forward = self._call
+            self._is_attached = True
+
+    def detach(self) -> None:
+        """Give the module its own forward back."""
+        if self._is_attached:
+            if getattr(self._original, "__func__", None) is type(self.module).forward:
+                del self.module.forward
+            else:
+                self.module.forward = self._original
+            self._is_attached = False
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _outside_of_the_graph(self._call, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            return self._original(*args, **kwargs)
+        return self.run(*args, **kwargs)
+
+
+class DensePath(Path):
+    """``nn.Linear`` and transformers' ``Conv1D``: weight by factors, bias by rows."""
+
+    def row_places(self) -> list[TrainableParameter]:
+        """Place of the bias."""
+        bias = self.place(self.module.bias)
+        return [] if bias is None else [bias]
+
+    def run(self, x: Tensor) -> Tensor:
+        """Run the layer; ``x``: ``[B, ..., d]``."""
+        module = self.module
+        weight, bias = self.place(module.weight), self.place(module.bias)
+        is_transposed = not isinstance(module, nn.Linear)  # Conv1D holds [d, p]
+        matrix = module.weight.detach()
+        y = functional.linear(x, matrix.t() if is_transposed else matrix, _detached(module.bias))
+        kept = x.to(y.dtype)  # under autocast the layer computed with this
+
+        def record(g: Tensor, x: Tensor) -> None:
+            if weight is not None:
+                a, b = (g, x) if is_transposed else (x, g)
+                self.engine.record_dense(weight, a, b, self.name)
+            if bias is not None:
+                by_sample = self.engine.by_sample(g, self.name)
+                self.engine.record_rows(bias, _sum_positions(by_sample, self.engine.compute_dtype), self.name)
+
+        return recorded(self, y, record, kept)
+
+
+class EmbeddingPath(Path):
+    """``nn.Embedding``: ids and output gradients; ids given once for all samples are looked up per sample."""
+
+    def run(self, ids: Tensor) -> Tensor:
+        """Run the lookup; ``ids``: ``[B, ...]`` or ``[1, ...]``."""
+        module, rows = self.module, self.engine.batch_rows
+        if rows is not None and rows > 1 and ids.ndim >= 2 and ids.shape[0] == 1:
+            ids = ids.expand(rows, *ids.shape[1:])
+        place = self.engine.place_of(module.weight)
+        assert place is not None
+        y = functional.embedding(ids, module.weight.detach())
+
+        def record(g: Tensor, ids: Tensor) -> None:
+            if module.padding_idx is not None:
+                g = g.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0.0)
+            self.engine.record_lookup(place, ids, g, self.name)
+
+        return recorded(self, y, record, ids)
+
+
+class _InterceptedCall(TorchFunctionMode):
+    """Run a layer's ``functional`` call on its weight through the layer's path."""
+
+    def __init__(self, path: Path, function: Any) -> None:
+        super().__init__()
+        self.path, self.function = path, function
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (
+            func is self.function
+            and (args[1] if len(args) > 1 else kwargs.get("weight")) is self.path.module.weight
+        ):
+            return self.path.run(args[0] if args else kwargs["input"])
+        return func(*args, **kwargs)
+
+
+class SubclassPath(Path):
+    """A subclass of a known layer with a forward of its own, which calls the known one somewhere inside.
+
+    For example scaled embeddings and position tables with an offset. A weight that it uses in any other way
+    gets an ordinary gradient, which the engine refuses.
+    """
+
+    def __init__(self, inner: Path, function: Any) -> None:
+        super().__init__(inner.engine, inner.name, inner.module)
+        self._inner, self._function = inner, function
+
+    def row_places(self) -> list[TrainableParameter]:
+        """Those of the known layer."""
+        return self._inner.row_places()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the subclass' own forward."""
+        with _InterceptedCall(self._inner, self._function):
+            return self._original(*args, **kwargs)
+
+
+def recorded(path: Path, y: Tensor, record: Callable[..., None], *kept: Tensor) -> Tensor:
+    """Return ``y``, with a node that gives its gradient and the ``kept`` tensors to ``record``.
+
+    The kept tensors are saved as autograd saves its own, so gradient checkpointing recomputes them.
+
+    Args:
+        path: Whose parameters these are; the output requires a gradient because of them.
+        y: The layer's output.
+        record: Called as ``record(g, *kept)`` in the engine's backward pass.
+        *kept: Tensors that ``record`` needs.
+
+    Returns:
+        A tensor equal to ``y``.
+    """
+    return _Recorder.apply(y, path, record, len(kept), *kept, *path.parameters)
+
+
+class _Recorder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, path: Path, record: Any, num_kept: int, *tensors: Tensor) -> Tensor:
+        ctx.path, ctx.record = path, record
+        ctx.save_for_backward(*tensors[:num_kept])
+        ctx.num_tensors = len(tensors)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grad_outputs
+        engine = ctx.path.engine
+        if engine.is_proving:
+            engine.refuse_coupled(g, ctx.path.name)
+        elif engine.is_recording:
+            ctx.record(g, *ctx.saved_tensors)
+        else:
+            engine.refuse_plain_backward(ctx.path.parameters)
+        return g, *[None] * (3 + ctx.num_tensors)
+
+
+def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
+    """Choose a path for every module that owns a trainable parameter.
+
+    Args:
+        model: The model.
+        engine: Who will record.
+
+    Returns:
+        The paths, not yet attached, in the order of the modules.
+
+    Raises:
+        PrivacyError: If a module couples samples or has no exact path.
+    """
+    from securetune.privacy.per_sample.functional import FunctionalPath, PromptPath
+    from securetune.privacy.per_sample.lora import LoraPath, is_plain_lora
+    from securetune.privacy.per_sample.norms import norm_path
+
+    paths: list[Path] = []
+    covered: list[str] = []  # prefixes of modules that are handled as a whole
+    for name, module in model.named_modules():
+        _refuse_coupling(name, module)
+        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in covered):
+            continue
+        if _has_trainable_prompt(module):
+            prefix = f"{name}.prompt_encoder" if name else "prompt_encoder"
+            paths.append(PromptPath(engine, prefix, module))
+            covered.append(prefix)
+        if is_plain_lora(name, module):
+            paths.append(LoraPath(engine, name, module))
+            covered += [f"{name}.lora_A", f"{name}.lora_B", f"{name}.lora_dropout"]
+            continue
+        fast_norm = norm_path(engine, name, module)
+        if fast_norm is not None:
+            paths.append(fast_norm)
+            continue
+        if not Path(engine, name, module).parameters and not _is_adapter_with_parameters(module):
+            continue
+        if (isinstance(module, nn.Linear) and _has_forward_of(module, nn.Linear)) or _is_transformers_conv1d(
+            module
+        ):
+            paths.append(DensePath(engine, name, module))
+        elif isinstance(module, nn.Embedding):
+            _refuse_embedding_options(name, module)
+            path = EmbeddingPath(engine, name, module)
+            paths.append(
+                path if _has_forward_of(module, nn.Embedding) else SubclassPath(path, functional.embedding)
+            )
+        elif isinstance(module, nn.Linear):
+            paths.append(SubclassPath(DensePath(engine, name, module), functional.linear))
+        else:
+            paths.append(FunctionalPath(engine, name, module))
+            covered.append(name)
+    return paths
+
+
+def _has_trainable_prompt(module: nn.Module) -> bool:
+    from peft import PeftModel, PeftType
+
+    if not isinstance(module, PeftModel) or not module.active_peft_config.is_prompt_learning:
+        return False
+    if not any(parameter.requires_grad for parameter in module.prompt_encoder.parameters()):
+        return False
+    kind = module.active_peft_config.peft_type
+    if kind not in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
+        raise PrivacyError(
+            f"{getattr(kind, 'value', kind)} has no exact per-sample path. Use LoRA, IA3, prompt tuning or "
+            "p-tuning instead."
+        )
+    return True
+
+
+def _is_adapter_with_parameters(module: nn.Module) -> bool:
+    """Whether this is a peft layer whose trainable parameters sit in its children (DoRA, IA3, LoHa, ...)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer) and any(p.requires_grad for p in module.parameters())
+
+
+def _has_forward_of(module: nn.Module, base: type[nn.Module]) -> bool:
+    return type(module).forward is base.forward
+
+
+def _is_transformers_conv1d(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is Conv1D
+
+
+def _refuse_coupling(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        raise PrivacyError(
+            f"layer {name} is a {type(module).__name__}, which mixes the samples of a batch: no sample's "
+            "gradient is its own. Replace it with nn.GroupNorm or nn.LayerNorm."
+        )
+
+
+def _refuse_embedding_options(name: str, module: nn.Embedding) -> None:
+    if module.max_norm is not None:
+        raise PrivacyError(
+            f"layer {name} has max_norm, which changes weights in the forward pass. Set it to None."
+        )
+    if module.scale_grad_by_freq:
+        raise PrivacyError(
+            f"layer {name} has scale_grad_by_freq, which counts ids over the whole batch and so couples "
+            "samples. Set it to False."
+        )
+
+
+@torch.compiler.disable
+def _outside_of_the_graph(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **kwargs)
+
+
+def _detached(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach()
+
+
+def _sum_positions(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum ``[B, ..., p]`` over its positions: ``[B, p]``."""
+    return g.to(dtype) if g.ndim == 2 else g.flatten(1, -2).sum(dim=1, dtype=dtype)
+
+
+def sum_rows(places: Sequence[TrainableParameter | None]) -> list[TrainableParameter]:
+    """Leave out the frozen ones."""
+    return [place for place in places if place is not None]

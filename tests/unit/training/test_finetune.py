@@ -1,0 +1,192 @@
+"""Early stopping in a whole training: what is charged, what is kept, what a killed run goes on from."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from securetune.config.loader import load_recipe
+from securetune.models.base import load_base
+from securetune.privacy.accounting import epsilon_spent
+from securetune.privacy.ledger import read_ledger
+from securetune.training import finetune
+from securetune.training.access import prepare_access
+from securetune.training.folder import RunFolder
+from securetune.training.plan import make_plan
+from securetune.training.prepare import prepare_data
+from tests.sample_run import RECIPE, STEPS, make_workshop, write_recipe
+
+NOISY = {"method": "noisy_test", "epsilon": 2.0, "every": 1, "patience": 2, "num_texts": 30}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+class Run:
+    """One run folder, trained in one or several goes with scores that the test decides."""
+
+    def __init__(self, workshop, monkeypatch, name, *, stopping=NOISY, **changes):
+        training = {"learning_rate": 0.01, "lora": {"rank": 2, "alpha": 4, "dropout": 0.1}}
+        training |= {"label_smoothing": 0.1, "weight_decay": 0.01, "early_stopping": stopping}
+        data = {"labels": ["negative", "positive"], "held_out_fraction": 0.3, "min_held_out": 90}
+        data["private"] = {"path": str(workshop / "labelled.jsonl")}
+        changes = {"training": training, "data": data, "publish": {"release_epsilon": 4.0}} | changes
+        self.recipe = load_recipe(write_recipe(workshop, name, **changes))
+        self.monkeypatch = monkeypatch
+        self.kept: dict[int, torch.Tensor] = {}
+
+    def go(self, scores=None, *, subject="hardened", kill_after=None):
+        if scores is not None:
+            remaining = iter(scores)
+            self.monkeypatch.setattr(finetune, "make_score", lambda *_: lambda: next(remaining))
+
+        def log(values):
+            if values["step"] == kill_after:
+                raise Killed
+
+        with RunFolder.open(self.recipe, resume=True) as run:
+            access = prepare_access(self.recipe, run)
+            base = load_base(self.recipe.model)
+            data = prepare_data(self.recipe, run, base.tokenizer)
+            self.plan = make_plan(self.recipe, base=base, tokens_per_record=data.mean_tokens)
+            noting = self._note(finetune.EarlyStopping.check)
+            self.monkeypatch.setattr(finetune.EarlyStopping, "check", noting)
+            try:
+                finetune.fine_tune(subject, self.recipe, run, access, data, self.plan, log=log)
+            finally:
+                self.monkeypatch.undo()
+            with access.open(finetune.checkpoint_of(run, subject)) as vault:
+                files = load(vault.read("adapter", "adapter_model.safetensors"))
+        self.run = run
+        return torch.cat([files[name].flatten() for name in sorted(files)])
+
+    def _note(self, check):
+        def noting(stopping, step):
+            score = check(stopping, step)
+            self.kept[step] = stopping._params.detach().clone()
+            return score
+
+        return noting
+
+    @property
+    def steps(self):
+        return [line["step"] for line in self.run.read_metrics() if line["stage"] == "hardened"]
+
+    @property
+    def ledger(self):
+        return read_ledger(self.run.ledger)
+
+
+def same_numbers(sealed, flat):
+    """The same numbers, whatever the order of the matrices."""
+    return torch.equal(sealed.sort().values, flat.sort().values)
+
+
+def test_stopping_early_keeps_the_best_adapters_and_costs_the_planned_epsilon(workshop, monkeypatch, caplog):
+    run = Run(workshop, monkeypatch, "stopped")
+    sealed = run.go([0.5, 0.4, 0.3])
+    assert run.steps == [1, 2, 3]
+    assert same_numbers(sealed, run.kept[1])
+    assert not same_numbers(sealed, run.kept[3])
+    state, spec = run.ledger, run.plan.privacy.spec
+    assert state.steps_charged == state.header.planned_steps == STEPS
+    planned = epsilon_spent(run.plan.privacy.noise_multiplier, spec.sample_rate, STEPS, spec.delta)
+    assert state.epsilon() == pytest.approx(planned) == pytest.approx(run.plan.privacy.epsilon)
+    last = run.run.read_metrics()[-1]
+    assert (last["step"], last["epsilon"]) == (3, pytest.approx(planned))
+    assert "at step 3 of 5; the adapters of step 1 are kept; its whole epsilon is charged" in caplog.text
+
+
+def test_all_tests_are_charged_before_the_first_step_and_the_release_after(workshop, monkeypatch):
+    run = Run(workshop, monkeypatch, "charged")
+    run.go([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert run.steps == [1, 2, 3, 4, 5]
+    lines = [json.loads(line) for line in run.run.ledger.read_text().splitlines()[1:]]
+    assert lines[0] == {"release_epsilon": 2.0}
+    assert lines[-1] == {"release_epsilon": 4.0}
+    assert run.ledger.release_epsilons == (2.0, 4.0)
+    assert run.ledger.total_epsilon() == max(run.ledger.epsilon(), 6.0)
+
+
+def test_a_killed_run_goes_on_counting_from_what_it_saved(workshop, monkeypatch):
+    run = Run(workshop, monkeypatch, "killed")
+    with pytest.raises(Killed):
+        run.go([0.5, 0.4], kill_after=2)
+    best = run.kept[1]
+    sealed = run.go([0.3])  # the second check without a gain: a third would raise StopIteration
+    assert run.steps == [1, 2, 3]
+    assert same_numbers(sealed, best)
+    assert run.ledger.steps_charged == STEPS
+    assert run.ledger.release_epsilons == (2.0, 4.0)
+
+
+def test_a_run_killed_while_it_stops_trains_no_further_step(workshop, monkeypatch):
+    run = Run(workshop, monkeypatch, "stopping")
+
+    def die(_ledger):
+        raise Killed
+
+    monkeypatch.setattr(finetune, "_charge_remaining_steps", die)
+    with pytest.raises(Killed):
+        run.go([0.5, 0.4, 0.3])
+    best = run.kept.pop(1)
+    sealed = run.go([])
+    assert run.kept.keys() == {2, 3}
+    assert same_numbers(sealed, best)
+    assert run.ledger.steps_charged == STEPS
+
+
+def test_real_noisy_tests_and_the_plain_model_without_any(workshop, monkeypatch):
+    run = Run(workshop, monkeypatch, "real")
+    run.go()
+    scores = [line["validation_score"] for line in run.run.read_metrics()]
+    assert all(0 <= score <= 1 for score in scores)
+    assert run.ledger.steps_charged == STEPS
+    run.go(subject="plain")
+    plain = [line for line in run.run.read_metrics() if line["stage"] == "plain"]
+    assert [line["step"] for line in plain] == [1, 2, 3, 4, 5]
+    assert not any("validation_score" in line for line in plain)
+    assert run.ledger.release_epsilons == (2.0, 4.0)
+
+
+def test_public_validation_charges_no_release(workshop, monkeypatch):
+    public = workshop / "public.jsonl"
+    rows = [{"text": f"a public text {i}", "label": ("negative", "positive")[i % 2]} for i in range(8)]
+    public.write_text("\n".join(map(json.dumps, rows)))
+    data = {"labels": ["negative", "positive"], "held_out_fraction": 0.3}
+    data |= {
+        "private": {"path": str(workshop / "labelled.jsonl")},
+        "public_validation": {"path": str(public)},
+    }
+    stopping = {"method": "public_validation", "every": 2, "patience": 1}
+    run = Run(workshop, monkeypatch, "public", stopping=stopping, data=data, publish={})
+    run.go()
+    assert run.ledger.release_epsilons == ()
+    assert run.ledger.steps_charged == STEPS
+    checked = [line["step"] for line in run.run.read_metrics() if "validation_score" in line]
+    assert set(checked) <= {2, 4, 5}
+    assert len(checked) >= 2
+
+
+def test_private_validation_is_for_runs_without_privacy(workshop, monkeypatch):
+    stopping = {**NOISY, "method": "private_validation", "epsilon": None}
+    privacy = {**RECIPE["privacy"], "enabled": False}
+    run = Run(workshop, monkeypatch, "open", stopping=stopping, privacy=privacy, publish={}, gate={})
+    run.go([0.5, 0.4, 0.3])
+    assert run.steps == [1, 2, 3]
+    assert not run.run.ledger.exists()
+
+
+def test_training_without_early_stopping_is_as_it_was(workshop, monkeypatch):
+    run = Run(workshop, monkeypatch, "off", stopping={"method": "none"})
+    run.go()
+    assert run.steps == [1, 2, 3, 4, 5]
+    assert run.ledger.release_epsilons == (4.0,)
+    assert not any("validation_score" in line for line in run.run.read_metrics())
