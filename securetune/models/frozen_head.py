@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows of hidden states per slice: large enough for an efficient product, small enough for V numbers a row to
-# stay in cache.
-_ROWS = 128
+# Logits in one slice, 128 MiB in float32: more rows make the products faster (250 against 300 GFLOP/s on two
+# cores between 128 and 512 rows of SmolLM2), and memory stays bounded for any vocabulary.
+_SLICE_LOGITS = 1 << 25
 
 
 def frozen_head_losses(
@@ -67,10 +67,11 @@ class _FrozenHeadLosses(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         needs_grad = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if needs_grad else None
-        buffer = hidden.new_empty(min(_ROWS, len(hidden)), weight.shape[0])
+        slice_rows = max(1, min(_SLICE_LOGITS // weight.shape[0], len(hidden)))
+        buffer = hidden.new_empty(slice_rows, weight.shape[0])
         mean_row = weight.mean(dim=0, dtype=dtype) if label_smoothing else None
-        for start in range(0, len(hidden), _ROWS):
-            rows = slice(start, start + _ROWS)
+        for start in range(0, len(hidden), slice_rows):
+            rows = slice(start, start + slice_rows)
             wanted = targets[rows, None]
             logits = torch.mm(hidden[rows], weight.t(), out=buffer[: len(wanted)])
             logits = logits.to(dtype)

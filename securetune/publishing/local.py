@@ -227,6 +227,8 @@ def _check_ledger(reader: FolderReader, entry: FileEntry | None, privacy: Privac
         for name, (found, stated) in pairs.items()
         if not math.isclose(found, stated, rel_tol=1e-9)
     ]
+    if header.sampler != privacy.sampler:
+        different.append(f"  sampler: {header.sampler} in the ledger, {privacy.sampler} in the report")
     if different:
         raise CheckpointError(
             f"{where} is not the ledger behind the report's privacy statement, so nothing was published:\n"

@@ -9,7 +9,7 @@ from securetune.config.loader import recipe_digest
 from securetune.config.schema import Recipe
 from securetune.errors import PrivacyError
 from securetune.evidence import GateResult
-from securetune.privacy.accounting import Phase, max_true_positive_rate, max_true_positive_rate_of_run
+from securetune.privacy.accounting import max_true_positive_rate, max_true_positive_rate_of_run
 from securetune.privacy.ledger import LedgerState, read_ledger
 from securetune.report.environment import describe_environment
 from securetune.report.summary import (
@@ -115,7 +115,6 @@ def _roc_curves(measured: Measured) -> list[RocCurve]:
 def _privacy(recipe: Recipe, plan: Plan, state: LedgerState) -> PrivacyStatement:
     assert plan.privacy is not None
     header = state.header
-    phase = Phase(header.noise_multiplier, header.sample_rate, state.steps_charged)
     epsilon = state.epsilon()
     if epsilon is None:
         raise PrivacyError(
@@ -123,6 +122,8 @@ def _privacy(recipe: Recipe, plan: Plan, state: LedgerState) -> PrivacyStatement
             "without it."
         )
     return PrivacyStatement(
+        neighbouring=f"{header.neighbouring_relation} {header.unit}",
+        sampler=header.sampler,
         accountant=header.accountant,
         epsilon_target=recipe.privacy.target_epsilon,
         epsilon_spent=epsilon,
@@ -134,7 +135,7 @@ def _privacy(recipe: Recipe, plan: Plan, state: LedgerState) -> PrivacyStatement
         steps_charged=state.steps_charged,
         max_grad_norm=header.max_grad_norm,
         max_true_positive_rate_at_1pct_fpr=max_true_positive_rate(epsilon, header.delta, 0.01),
-        max_true_positive_rate_at_1pct_fpr_pld=max_true_positive_rate_of_run([phase], 0.01),
+        max_true_positive_rate_at_1pct_fpr_pld=max_true_positive_rate_of_run([state.phase], 0.01),
         release_epsilon=sum(state.release_epsilons) or None,
     )
 

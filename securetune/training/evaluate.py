@@ -182,7 +182,10 @@ def _epsilon(state: LedgerState, artefact: str) -> Evidence:
         value=epsilon,
         interval=None,
         n=state.steps_charged,
-        method=f"{state.header.accountant}: steps in the ledger, Poisson sampling, add or remove one record",
+        method=(
+            f"{state.header.accountant}: steps in the ledger, {state.header.sampler} sampling, "
+            f"{state.header.neighbouring_relation} {state.header.unit}"
+        ),
         status="not_run" if epsilon is None else "pass",
         artefact=artefact,
         private_statistic=False,

@@ -238,7 +238,9 @@ def _private_step(
     reportable = noise.reportable_epsilon and sampler.reportable_epsilon
     ledger = Ledger(
         run.ledger,
-        LedgerHeader.from_plan(plan.privacy, reportable_epsilon=reportable, unit=recipe.privacy.unit),
+        LedgerHeader.from_plan(
+            plan.privacy, reportable_epsilon=reportable, unit=recipe.privacy.unit, sampler=sampler
+        ),
     )
     step = PrivateStep(
         grads,

@@ -17,7 +17,7 @@ from securetune.errors import MachineError
 from securetune.models.task import ClassifyHead, GenerateHead
 from securetune.privacy.clipping import FlatClipping
 from securetune.privacy.per_sample import PerSampleGradients
-from securetune.privacy.sampling import PoissonSampler
+from securetune.privacy.sampling import Sampler
 from securetune.privacy.step import OrdinaryStep, PrivateStep
 from securetune.training.dropout import AdapterDropout
 
@@ -106,7 +106,7 @@ class Trainer:
         self,
         head: Head,
         step: OrdinaryStep,
-        sampler: PoissonSampler,
+        sampler: Sampler,
         examples: Sequence[Example],
         *,
         micro_batch_tokens: int,

@@ -67,12 +67,12 @@ class Plan:
             privacy = {
                 **spec,
                 "unit": UNIT_STATEMENT,
-                "neighbouring_relation": "add or remove one record",
-                "sampler": "Poisson",
+                "neighbouring_relation": f"{self.privacy.spec.sampling.neighbouring_relation} record",
                 "accountant": self.privacy.accountant,
                 "noise_multiplier": self.privacy.noise_multiplier,
                 "epsilon": self.privacy.epsilon,
                 "rdp_epsilon": self.privacy.rdp_epsilon,
+                "gdp_mu": self.privacy.gdp_mu,
                 "max_tpr_at_1pct_fpr": self.privacy.max_tpr_at_1pct_fpr,
                 "max_tpr_at_1pct_fpr_pld": self.privacy.max_tpr_at_1pct_fpr_pld,
                 "curve": {"steps": self.privacy.curve.steps, "epsilon": self.privacy.curve.epsilons},
@@ -116,12 +116,17 @@ class Plan:
             spec, plan = self.privacy.spec, self.privacy
             rows += [
                 ("privacy unit", UNIT_STATEMENT),
-                ("neighbours", f"add or remove one record; Poisson sampling; {plan.accountant}"),
+                (
+                    "neighbours",
+                    f"{spec.sampling.neighbouring_relation} record; {spec.sampler} sampling; "
+                    f"{plan.accountant}",
+                ),
                 (
                     "epsilon",
-                    f"{plan.epsilon:.3f} of {spec.target_epsilon:g} at delta = {spec.delta:g} (RDP "
-                    f"cross-check {plan.rdp_epsilon:.2f})",
+                    f"{plan.epsilon:.3f} of {spec.target_epsilon:g} at delta = {spec.delta:g}"
+                    + ("" if plan.rdp_epsilon is None else f" (RDP cross-check {plan.rdp_epsilon:.2f})"),
                 ),
+                ("Gaussian DP", f"mu at most {plan.gdp_mu:.3f}, from the whole privacy curve"),
                 ("noise", f"sigma {plan.noise_multiplier:.4f} x clipping norm {spec.max_grad_norm:g}"),
                 (
                     "steps",

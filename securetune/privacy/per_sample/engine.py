@@ -60,7 +60,9 @@ class PerSampleGradients:
         self._buffer = torch.empty(0, width, dtype=self.compute_dtype, device=self.device)
         self._flat_params: nn.Parameter | None = None
         self._recording = False
-        self._is_proving = self._is_proven = False
+        self._proving: Tensor | None = None  # [B], bool: whose losses the running proof differentiates
+        self._saw_gradient = False
+        self._proven: set[tuple[bool, float]] = set()
         self._rows = 0
         self._batch_rows: int | None = None
         self._written: set[int] = set()
@@ -125,8 +127,7 @@ class PerSampleGradients:
             self._refuse_leftover_gradients("before the pass")
             self._recording = True
             try:
-                if self._rows > 1 and not self._is_proven:
-                    self._prove_isolation(losses)
+                self._prove_isolation(losses)
                 losses.sum().backward()
             finally:
                 self._recording = False
@@ -158,7 +159,10 @@ class PerSampleGradients:
             PrivacyError: If the accumulated gradient differs from ordinary autograd's, if a sample's gradient
                 depends on its batch-mates (a coupled loss), or if no gradient reaches the parameters.
         """
-        return check_against_autograd(self, losses_of, batch_size)
+        try:
+            return check_against_autograd(self, losses_of, batch_size)
+        finally:
+            self._proven.clear()  # another loss may follow
 
     @contextlib.contextmanager
     def ordinary_autograd(self) -> Iterator[None]:
@@ -181,7 +185,7 @@ class PerSampleGradients:
     @property
     def is_proving(self) -> bool:
         """Whether the running pass only proves that samples are isolated, and records nothing."""
-        return self._is_proving
+        return self._proving is not None
 
     @property
     def batch_rows(self) -> int | None:
@@ -204,6 +208,17 @@ class PerSampleGradients:
         ids, g = self.by_sample(ids, name), self.by_sample(g, name)
         uses = self._uses(place, name)
         uses.lookups.append((ids.reshape(self._rows, -1), g.reshape(self._rows, -1, g.shape[-1])))
+
+    def record_routed(
+        self, place: TrainableParameter, a: Tensor, g: Tensor, expert: Tensor, name: str
+    ) -> None:
+        """Record the gradients ``g^T a`` of experts ``[E, p, d]``; ``a``: ``[S, d]``, ``g``: ``[S, p]``.
+
+        ``expert``: ``[S]``, the expert of each slot, batch-major. Where ``k`` slots in a row are one token's,
+        ``a`` or ``g`` may hold the token once: ``[S / k, ...]``.
+        """
+        a, g, expert = (self.by_sample(part, name) for part in (a, g, expert))
+        self._uses(place, name).routed.append((as_3d(a), as_3d(g), expert.reshape(self._rows, -1)))
 
     def record_rows(self, place: TrainableParameter, grads: Tensor, name: str) -> None:
         """Record written-out gradients ``[B, *shape]`` of a parameter."""
@@ -245,20 +260,42 @@ class PerSampleGradients:
                 )
 
     def _prove_isolation(self, losses: Tensor) -> None:
-        """Differentiate the first sample's loss alone: no other sample's rows may receive a gradient."""
-        self._is_proving = True
+        """Prove that no sample's loss reaches another's rows, in extra passes over the first batch.
+
+        Each pass differentiates the samples whose number has one bit set, or not set, so that every pair is
+        told apart. It is done again when the model changes between training and evaluation, or the model gets
+        another number of rows for a sample; a batch without any finite gradient proves nothing.
+        """
+        given = self._rows if self._batch_rows is None else self._batch_rows
+        if self._rows == 1:
+            if given > 1:
+                raise PrivacyError(
+                    f"the model got {given} rows and there is one loss. A mean or sum over the batch mixes "
+                    "samples: use reduction='none' and reduce within each sample only. If all rows are one "
+                    "sample, give them to the model as [1, rows, ...]."
+                )
+            return
+        state = (self.model.training, given / self._rows)
+        if state in self._proven:
+            return
+        self._saw_gradient = False
+        numbers = torch.arange(self._rows, device=losses.device)
+        masks = [(numbers >> bit & 1).bool() for bit in range((self._rows - 1).bit_length())]
         try:
-            losses[0].backward(retain_graph=True)
+            for self._proving in (part for mask in masks for part in (mask, ~mask)):
+                losses[self._proving].sum().backward(retain_graph=True)
         except RuntimeError as error:
             if "donated buffer" not in str(error):
                 raise
+            self._saw_gradient = True
             _logger.warning(
                 "a compiled model keeps no second backward pass, so the proof that samples are not coupled "
                 "did not run; check(losses_of, batch_size) does the same."
             )
         finally:
-            self._is_proving = False
-        self._is_proven = True
+            self._proving = None
+        if self._saw_gradient:
+            self._proven.add(state)
 
     def _start(self, rows: int) -> None:
         self._rows = rows
@@ -288,9 +325,13 @@ class PerSampleGradients:
         return tensor
 
     def refuse_coupled(self, g: Tensor, name: str) -> None:
-        """In the pass that proves isolation, raise if the first sample's loss reaches another's rows."""
-        others = self.by_sample(g, name)[1:]
-        if bool((others.isfinite() & (others != 0)).any()):
+        """In a pass that proves isolation, raise if a loss of it reaches the rows of a sample left out."""
+        assert self._proving is not None
+        g = self.by_sample(g, name)
+        reached = g.isfinite() & (g != 0)
+        proving = self._proving.to(g.device)
+        self._saw_gradient = self._saw_gradient or bool(reached[proving].any())
+        if bool(reached[~proving].any()):
             raise PrivacyError(
                 f"the samples of a batch are coupled: the loss of one depends on another's values in layer "
                 f"{name}, so no sample's gradient is its own. Causes: batch statistics, in-batch negatives, "
@@ -309,7 +350,7 @@ class PerSampleGradients:
                 )
 
     def _watch_batch_size(self) -> list[Any]:
-        """Learn the number of samples from the arguments of the modules above embeddings.
+        """Learn the number of samples from the arguments of the model and the modules above embeddings.
 
         Position ids often come as ``[1, T]``, one row for all samples; the lookup is then done per sample.
         """
@@ -322,6 +363,7 @@ class PerSampleGradients:
                     name: modules[name] for i in range(len(parts)) if (name := ".".join(parts[:i])) in modules
                 }
 
+        above[""] = self.model
         root = id(self.model)
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -5,11 +5,13 @@ runs once as usual, with its parameters detached; in the backward pass it runs a
 over the batch.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.gradients import TrainableParameter
@@ -18,9 +20,17 @@ from securetune.privacy.per_sample.paths import Path, recorded
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
 
+# Largest relative difference between the module's output and that of its samples one by one.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+_COARSE_TOLERANCE = 0.05
+
 
 class FunctionalPath(Path):
     """A module whose trainable parameters, its children's included, are differentiated sample by sample."""
+
+    def __init__(self, engine: "PerSampleGradients", name: str, module: Any) -> None:
+        super().__init__(engine, name, module)
+        self._compared: set[tuple[bool, ...]] = set()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -36,63 +46,118 @@ class FunctionalPath(Path):
         """Run the module; tensors with one row per sample are split, all other arguments are shared."""
         self._refuse_randomness()
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        detached = {name: parameter.detach() for name, parameter in named.items()}
-        y = self._functional(detached, args, kwargs)
+        y = self._functional(_detach(named), args, kwargs)
         if not isinstance(y, Tensor):
             raise PrivacyError(
                 f"layer {self.name} ({type(self.module).__name__}) returns a {type(y).__name__}; its "
                 f"parameters {', '.join(named)} have an exact path only through a single tensor. Freeze them "
                 "(requires_grad_(False)), or move them into a module of their own that returns a tensor."
             )
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        device = y.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+        def call(parameters: dict[str, Tensor], values: list[Tensor]) -> Tensor:
+            given = iter(values)
+            rebuilt = [next(given) if here else leaf for here, leaf in zip(is_tensor, others, strict=True)]
+            new_args, new_kwargs = tree_unflatten(rebuilt, spec)
+            with torch.autocast(device, autocast, enabled=autocast is not None):
+                return self._functional(parameters, new_args, new_kwargs)
 
         def record(g: Tensor, *saved: Tensor) -> None:
-            self._record(g, list(saved), named, args, kwargs)
+            self._record(g, [value.detach() for value in saved], named, call)
 
         return recorded(self, y, record, *tensors)
 
     def _record(
-        self, g: Tensor, saved: list[Tensor], named: dict[str, nn.Parameter], args: Any, kwargs: Any
+        self,
+        g: Tensor,
+        values: list[Tensor],
+        named: dict[str, nn.Parameter],
+        call: Callable[[dict[str, Tensor], list[Tensor]], Tensor],
     ) -> None:
-        g = self.engine.by_sample(g, self.name)
-        rows = g.shape[0]
-        in_dims = tuple(0 if value.ndim and value.shape[0] == rows else None for value in saved)
-        shapes = [value is None for value in in_dims]
+        """Differentiate each sample; ``g``: ``[B, ...]``, or ``[B T, ...]`` for rows that are no samples."""
+        engine, given = self.engine, g.shape[0]
+        g = engine.by_sample(g, self.name)
+        is_flat = given > g.shape[0]
+        is_split = [bool(value.ndim) and value.shape[0] == given for value in values]
+        split = [
+            engine.by_sample(value, self.name) if here else value
+            for value, here in zip(values, is_split, strict=True)
+        ]
+        parameters = _detach(named)
 
-        def one_sample(g_row: Tensor, *values: Tensor) -> dict[str, Tensor]:
-            with_batch = [
-                value if is_shared else value.unsqueeze(0)
-                for value, is_shared in zip(values, shapes, strict=True)
+        def one_sample(g_row: Tensor, *rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+            own = [
+                row.unsqueeze(0) if here and not is_flat else row
+                for row, here in zip(rows, is_split, strict=True)
             ]
-            replaced = iter(with_batch)
-            new_args = [next(replaced) if isinstance(value, Tensor) else value for value in args]
-            new_kwargs = {
-                key: next(replaced) if isinstance(value, Tensor) else value for key, value in kwargs.items()
-            }
-            detached = {name: parameter.detach() for name, parameter in named.items()}
-            found: Any = vjp(lambda params: self._functional(params, new_args, new_kwargs)[0], detached)
-            return found[1](g_row)[0]
 
-        values = [value.detach() for value in saved]
+            def run(params: dict[str, Tensor]) -> Tensor:
+                y = call(params, own)
+                return y if is_flat else y[0]
+
+            y, pullback, *_ = vjp(run, parameters)
+            return pullback(g_row)[0], y
+
+        in_dims = (0, *(0 if here else None for here in is_split))
         try:
             with torch.enable_grad():
-                grads = vmap(one_sample, in_dims=(0, *in_dims))(g, *values)
+                grads, outputs = vmap(one_sample, in_dims=in_dims)(g, *split)
         except RuntimeError as error:
-            if "randomness" not in str(error):
-                raise
-            raise _random_layer(self, "a random operation") from error
+            if "randomness" in str(error):
+                raise _random_layer(self, "a random operation") from error
+            raise self._not_splittable(str(error).splitlines()[0]) from error
+        self._compare_outputs(
+            outputs.flatten(0, 1) if is_flat else outputs, is_split, call, values, parameters
+        )
         for name, parameter in named.items():
-            place = self.engine.place_of(parameter)
+            place = engine.place_of(parameter)
             assert place is not None
-            self.engine.record_rows(place, grads[name], self.name)
+            engine.record_rows(place, grads[name].unsqueeze(-1), self.name)
+
+    def _compare_outputs(
+        self,
+        outputs: Tensor,
+        is_split: list[bool],
+        call: Callable[[dict[str, Tensor], list[Tensor]], Tensor],
+        values: list[Tensor],
+        parameters: dict[str, Tensor],
+    ) -> None:
+        """Refuse a wrong guess of which arguments have one row per sample: a shared one may look so.
+
+        A single argument is compared the first time, several each time.
+        """
+        key = tuple(is_split)
+        if key in self._compared and sum(is_split) <= 1:
+            return
+        with torch.no_grad():
+            expected = call(parameters, values)
+        if not sum(is_split):  # one output for all samples, or the same for each
+            outputs = outputs[: expected.shape[0]]
+        finite = expected.isfinite()
+        difference = torch.where(finite, outputs - expected, 0.0).norm()
+        allowed = (
+            _TOLERANCE.get(expected.dtype, _COARSE_TOLERANCE) * torch.where(finite, expected, 0.0).norm()
+        )
+        if not difference <= allowed:
+            raise self._not_splittable("its output for one sample alone differs from that in the batch")
+        self._compared.add(key)
+
+    def _not_splittable(self, reason: str) -> PrivacyError:
+        return PrivacyError(
+            f"layer {self.name} ({type(self.module).__name__}) can't be run sample by sample: {reason}. "
+            "Give it batch-first arguments, and those that all samples share with a first dimension of 1, or "
+            "freeze it (requires_grad_(False))."
+        )
 
     def _functional(self, parameters: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-        patched = self.module.forward
-        self.module.forward = self._original
-        try:
-            return functional_call(self.module, parameters, tuple(args), dict(kwargs))
-        finally:
-            self.module.forward = patched
+        """Run the module's own forward without its hooks, which already run around this path."""
+        replaced = {f"module.{name}": parameter for name, parameter in parameters.items()}
+        return functional_call(_Bare(self.module, self._original), replaced, args, kwargs)
 
     def _refuse_randomness(self) -> None:
         for name, module in self.module.named_modules():
@@ -128,10 +193,29 @@ class PromptPath(FunctionalPath):
             return type(self._peft_model).get_prompt(self._peft_model, batch_size, *args, **kwargs)
         self._refuse_randomness()
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        detached = {name: parameter.detach() for name, parameter in named.items()}
         tokens = self._tokens.to(self.parameters[0].device)
-        prompts = self._functional(detached, (tokens,), {}).expand(batch_size, -1, -1)
-        return recorded(self, prompts, lambda g: self._record(g, [tokens], named, (tokens,), {}))
+
+        def call(parameters: dict[str, Tensor], _: list[Tensor]) -> Tensor:
+            return self._functional(parameters, (tokens,), {})
+
+        prompts = call(_detach(named), []).expand(batch_size, -1, -1)
+        return recorded(self, prompts, lambda g: self._record(g, [], named, call))
+
+
+class _Bare(nn.Module):
+    """A module's forward without the hooks of its ``__call__``."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self._forward = module, forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        return self._forward(*args, **kwargs)
+
+
+def _detach(named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in named.items()}
 
 
 def _random_layer(path: FunctionalPath, what: str) -> PrivacyError:

@@ -52,6 +52,8 @@ class _Uses:
 
     dense: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a [B, T, d], g [B, T, p]
     lookups: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # ids [B, T], g [B, T, d]
+    # a [B, S, d], g [B, S, p], expert [B, S]; a or g may hold a token once for its k slots: [B, S / k, ...]
+    routed: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     written: Tensor | None = None  # [B, p * d]: where the product is no larger than its factors
 
     def add_dense(self, a: Tensor, g: Tensor, dtype: torch.dtype, *, is_tied: bool) -> None:
@@ -187,15 +189,15 @@ class BatchGradients:
             return rows
         return rows.new_zeros(self.num_units, rows.shape[1]).index_add_(0, self.unit_index, rows)
 
-    def _joined(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _joined(self, uses: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
         """Join all uses along ``T``, and the samples of a unit too: ``[U, M T, ...]``, padded with zeros."""
         tensors: list[Tensor] = []
-        for position in range(2):
-            parts = [pair[position] for pair in pairs]
+        for position in range(len(uses[0])):
+            parts = [use[position] for use in uses]
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
             tensors.append(whole.to(self._rows.dtype) if whole.is_floating_point() else whole)
         if not self._has_joint_units:
-            return tensors[0], tensors[1]
+            return tensors
         order = torch.argsort(self.unit_index, stable=True)
         counts = torch.bincount(self.unit_index, minlength=self.num_units)
         first = counts.cumsum(0) - counts
@@ -206,12 +208,14 @@ class BatchGradients:
             padded = tensor.new_zeros(self.num_units, most, *tensor.shape[1:])
             padded[self.unit_index[order], slot] = tensor[order]
             joined.append(padded.flatten(1, 2))
-        return joined[0], joined[1]
+        return joined
 
     def _factored_norms(self, uses: _Uses) -> Tensor:
         dtype = self._rows.dtype
         if uses.written is not None:
             return row_squared_norms(self._sum_by_unit(uses.written))
+        if uses.routed:
+            return routed_squared_norms(*self._joined(uses.routed))
         if not uses.dense:
             return lookup_squared_norms(*self._joined(uses.lookups))
         a, g = self._joined(uses.dense)
@@ -290,6 +294,46 @@ def dense_squared_norms(a: Tensor, g: Tensor) -> Tensor:
     return torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1)).clamp_min(0) + slack
 
 
+def routed_squared_norms(a: Tensor, g: Tensor, expert: Tensor) -> Tensor:
+    """Square the norm of all experts' gradients together, for every unit.
+
+    Args:
+        a: ``[U, S, d]``, or ``[U, S / k, d]`` where ``k`` slots in a row share an entry: the experts' inputs.
+        g: ``[U, S, p]``, or ``[U, S / k, p]``: gradients of their outputs.
+        expert: ``[U, S]``, int64: the expert that each slot was sent to.
+
+    Returns:
+        ``[U]``, an upper bound as in :func:`dense_squared_norms`.
+    """
+    norms = a.new_zeros(len(a))
+    for _, part_a, part_g in by_expert(a, g, expert):
+        norms += dense_squared_norms(part_a, part_g)
+    return norms
+
+
+def by_expert(a: Tensor, g: Tensor, expert: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield each expert that was used, with each unit's slots that it got, padded with zeros.
+
+    Args:
+        a: ``[U, S, d]``, or ``[U, S / k, d]`` where ``k`` slots in a row share an entry.
+        g: ``[U, S, p]``, or ``[U, S / k, p]``.
+        expert: ``[U, S]``, int64.
+
+    Yields:
+        The expert, ``[U, M, d]`` and ``[U, M, p]``.
+    """
+    for index in expert.unique().tolist():
+        unit, slot = (expert == index).nonzero(as_tuple=True)
+        counts = torch.bincount(unit, minlength=len(expert))
+        place = torch.arange(len(unit), device=unit.device) - (counts.cumsum(0) - counts)[unit]
+        parts: list[Tensor] = []
+        for tensor in (a, g):
+            part = tensor.new_zeros(len(expert), int(counts.max()), tensor.shape[2])
+            part[unit, place] = tensor[unit, slot // (expert.shape[1] // tensor.shape[1])]
+            parts.append(part)
+        yield index, parts[0], parts[1]
+
+
 def lookup_squared_norms(ids: Tensor, g: Tensor) -> Tensor:
     """Square the norm of an embedding table's gradient for every sample: equal ids add up first.
 
@@ -329,6 +373,12 @@ def _accumulate_factored(uses: _Uses, keep: Tensor, weights: Tensor, out: Tensor
         else:
             g = g * weights[:, None, None]
         out.view(g.shape[2], a.shape[2]).addmm_(g.flatten(0, 1).t(), a.flatten(0, 1))
+    for a, g, expert in uses.routed:
+        a, g, expert = (a, g, expert) if everything else (a[keep], g[keep], expert[keep])
+        a, g = a.to(out.dtype), g.to(out.dtype) * weights[:, None, None]
+        for index, part_a, part_g in by_expert(a, g, expert):
+            matrix = out.view(-1, g.shape[2], a.shape[2])[index]
+            matrix.addmm_(part_g.flatten(0, 1).t(), part_a.flatten(0, 1))
     for ids, g in uses.lookups:
         ids, g = (ids, g) if everything else (ids[keep], g[keep])
         weighted = g.to(out.dtype) * weights[:, None, None]

@@ -6,11 +6,12 @@ recorder sees the output's gradient and hands it, with the layer's input, to the
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from securetune.errors import PrivacyError
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
 
 Record = Callable[[Tensor], None]
+_KNOWN_LAYERS = (
+    nn.Linear,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.conv._ConvNd,
+    nn.modules.instancenorm._InstanceNorm,
+)
 
 
 class Path:
@@ -54,8 +64,17 @@ class Path:
         return None if parameter is None else self.engine.place_of(parameter)
 
     def attach(self) -> None:
-        """Put this path in the place of the module's forward."""
+        """Put this path in the place of the module's forward.
+
+        Raises:
+            PrivacyError: If another engine's path is there.
+        """
         if not self._is_attached:
+            if isinstance(getattr(self.module.forward, "__self__", None), Path):
+                raise PrivacyError(
+                    f"layer {self.name} already has per-sample gradients, of another "
+                    "PerSampleGradients. Call its detach() first; copy a model before it gets any."
+                )
             self._original = self.module.forward
             self.module.forward = self._call
             self._is_attached = True
@@ -68,6 +87,17 @@ class Path:
             else:
                 self.module.forward = self._original
             self._is_attached = False
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse copies: a copied model would record into nowhere.
+
+        Raises:
+            PrivacyError: Always.
+        """
+        raise PrivacyError(
+            "a model with per-sample gradients can't be copied or pickled. Copy it before "
+            "PerSampleGradients, or call detach() first; state_dict() works at any time."
+        )
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -137,9 +167,16 @@ class _InterceptedCall(TorchFunctionMode):
         if (
             func is self.function
             and (args[1] if len(args) > 1 else kwargs.get("weight")) is self.path.module.weight
+            and self._is_layers_own_call(args, kwargs)
         ):
             return self.path.run(args[0] if args else kwargs["input"])
         return func(*args, **kwargs)
+
+    def _is_layers_own_call(self, args: Any, kwargs: Any) -> bool:
+        """Whether the layer itself would call so: any other use gets an ordinary gradient, and is refused."""
+        given = args[2] if len(args) > 2 else kwargs.get("bias", kwargs.get("padding_idx"))
+        module = self.path.module
+        return given is module.bias if self.function is functional.linear else given == module.padding_idx
 
 
 class SubclassPath(Path):
@@ -192,6 +229,11 @@ class _Recorder(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grad_outputs
         engine = ctx.path.engine
+        if torch.is_grad_enabled():
+            raise PrivacyError(
+                f"layer {ctx.path.name} has no exact per-sample path through a second derivative "
+                "(create_graph=True, as a gradient penalty uses). Leave it out of the loss, or freeze the layer."
+            )
         if engine.is_proving:
             engine.refuse_coupled(g, ctx.path.name)
         elif engine.is_recording:
@@ -214,25 +256,37 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
     Raises:
         PrivacyError: If a module couples samples or has no exact path.
     """
+    from securetune.privacy.per_sample.conv import conv_path
     from securetune.privacy.per_sample.functional import FunctionalPath, PromptPath
     from securetune.privacy.per_sample.lora import LoraPath, is_plain_lora
+    from securetune.privacy.per_sample.moe import ExpertsPath, routed_path
     from securetune.privacy.per_sample.norms import norm_path
 
     paths: list[Path] = []
     covered: list[str] = []  # prefixes of modules that are handled as a whole
     for name, module in model.named_modules():
         _refuse_coupling(name, module)
-        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in covered):
+        if any(name == prefix or not prefix or name.startswith(f"{prefix}.") for prefix in covered):
             continue
         if _has_trainable_prompt(module):
             prefix = f"{name}.prompt_encoder" if name else "prompt_encoder"
             paths.append(PromptPath(engine, prefix, module))
             covered.append(prefix)
+        if _is_unlike_its_class(module):
+            paths.append(FunctionalPath(engine, name, module))
+            covered.append(name)
+            continue
+        routed = routed_path(engine, name, module)
+        if routed is not None:
+            paths.append(routed)
+            if isinstance(routed, ExpertsPath) and routed.has_adapters:
+                covered.append(name)
+            continue
         if is_plain_lora(name, module):
             paths.append(LoraPath(engine, name, module))
             covered += [f"{name}.lora_A", f"{name}.lora_B", f"{name}.lora_dropout"]
             continue
-        fast_norm = norm_path(engine, name, module)
+        fast_norm = None if "forward" in module.__dict__ else norm_path(engine, name, module)
         if fast_norm is not None:
             paths.append(fast_norm)
             continue
@@ -248,12 +302,26 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
             paths.append(
                 path if _has_forward_of(module, nn.Embedding) else SubclassPath(path, functional.embedding)
             )
+        elif (spatial := conv_path(engine, name, module)) is not None:
+            paths.append(spatial)
         elif isinstance(module, nn.Linear):
             paths.append(SubclassPath(DensePath(engine, name, module), functional.linear))
         else:
             paths.append(FunctionalPath(engine, name, module))
             covered.append(name)
-    return paths
+    inside = {
+        id(child) for path in paths if type(path) is FunctionalPath for child in path.module.modules()
+    } - {id(path.module) for path in paths if type(path) is FunctionalPath}
+    return [path for path in paths if id(path.module) not in inside]  # a shared one may be listed before
+
+
+def _is_unlike_its_class(module: nn.Module) -> bool:
+    """Whether a layer differs from its class: a forward of its own, or a weight computed from others."""
+    own = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
+    if is_parametrized(module):
+        return any(p.requires_grad for p in module.parameters())
+    is_known = isinstance(module, _KNOWN_LAYERS) or _is_transformers_conv1d(module)
+    return bool(own) and is_known and ("forward" in module.__dict__ or not set(own) <= {"weight", "bias"})
 
 
 def _has_trainable_prompt(module: nn.Module) -> bool:
@@ -294,6 +362,11 @@ def _refuse_coupling(name: str, module: nn.Module) -> None:
         raise PrivacyError(
             f"layer {name} is a {type(module).__name__}, which mixes the samples of a batch: no sample's "
             "gradient is its own. Replace it with nn.GroupNorm or nn.LayerNorm."
+        )
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+        raise PrivacyError(
+            f"layer {name} is a {type(module).__name__} with track_running_stats, which keeps averages of "
+            "private samples that no noise protects. Build it with track_running_stats=False."
         )
 
 
