@@ -104,7 +104,7 @@ def _measure_update(case: Case, context: Context) -> Iterator[Result]:
     count = min(count, 1 << 24) if context.quick else count
     source, steps = NoiseSource(), iter(range(1 << 30))
     parameter = torch.nn.Parameter(torch.zeros(count, device=context.device))
-    optimizer = torch.optim.AdamW([parameter], lr=1e-4)
+    optimizer: Any = torch.optim.AdamW([parameter], lr=1e-4)
     chunk = 1 << 24
 
     def update(noise_of: Callable[[int, int], Tensor]) -> None:
@@ -216,7 +216,10 @@ class _OpacusGhost:
 
         self.ids = ids
         self.model = GradSampleModuleFastGradientClipping(
-            model, max_grad_norm=MAX_GRAD_NORM, use_ghost_clipping=True, loss_reduction="sum"
+            model,
+            max_grad_norm=MAX_GRAD_NORM,  # pyright: ignore[reportArgumentType]
+            use_ghost_clipping=True,
+            loss_reduction="sum",
         )
 
     def step(self) -> None:

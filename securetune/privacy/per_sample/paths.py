@@ -232,7 +232,8 @@ class _Recorder(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise PrivacyError(
                 f"layer {ctx.path.name} has no exact per-sample path through a second derivative "
-                "(create_graph=True, as a gradient penalty uses). Leave it out of the loss, or freeze the layer."
+                "(create_graph=True, as a gradient penalty uses). Leave it out of the loss, or freeze the "
+                "layer."
             )
         if engine.is_proving:
             engine.refuse_coupled(g, ctx.path.name)

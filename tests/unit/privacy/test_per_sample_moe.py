@@ -221,6 +221,9 @@ class TestAdapters:
         model, ids = self.adapted(family, targets), some_ids()
         expected = oracle(copy.deepcopy(model), ids)
         engine = PerSampleGradients(model)
+        names = [path.name for path in engine.paths if isinstance(path, ExpertsPath)]
+        assert len(names) == 2  # one a layer: the outermost adapter stands for those inside
+        assert not any(path.name.startswith(f"{name}.") for name in names for path in engine.paths)
         grads = engine.backward(next_token_losses(model, ids))
         rows = grads.materialize()
         for place in engine.parameters:
