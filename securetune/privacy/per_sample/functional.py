@@ -6,6 +6,7 @@ over the batch.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,9 @@ from securetune.privacy.per_sample.paths import Path, recorded
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
 
-# Largest relative difference between the module's output and that of its samples one by one.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-_COARSE_TOLERANCE = 0.05
+# Largest relative difference between the module's output and that of its samples one by one, by the coarsest
+# dtype that computes.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
 
 
 class FunctionalPath(Path):
@@ -60,12 +61,13 @@ class FunctionalPath(Path):
         device = y.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
-        def call(parameters: dict[str, Tensor], values: list[Tensor]) -> Tensor:
+        def run_on(parameters: dict[str, Tensor], values: list[Tensor]) -> Tensor:
             given = iter(values)
             rebuilt = [next(given) if here else leaf for here, leaf in zip(is_tensor, others, strict=True)]
             new_args, new_kwargs = tree_unflatten(rebuilt, spec)
-            with torch.autocast(device, autocast, enabled=autocast is not None):
-                return self._functional(parameters, new_args, new_kwargs)
+            return self._functional(parameters, new_args, new_kwargs)
+
+        call = _Rerun(run_on, device, autocast)
 
         def record(g: Tensor, *saved: Tensor) -> None:
             self._record(g, [value.detach() for value in saved], named, call)
@@ -77,7 +79,7 @@ class FunctionalPath(Path):
         g: Tensor,
         values: list[Tensor],
         named: dict[str, nn.Parameter],
-        call: Callable[[dict[str, Tensor], list[Tensor]], Tensor],
+        call: "_Rerun",
     ) -> None:
         """Differentiate each sample; ``g``: ``[B, ...]``, or ``[B T, ...]`` for rows that are no samples."""
         engine, given = self.engine, g.shape[0]
@@ -123,7 +125,7 @@ class FunctionalPath(Path):
         self,
         outputs: Tensor,
         is_split: list[bool],
-        call: Callable[[dict[str, Tensor], list[Tensor]], Tensor],
+        call: "_Rerun",
         values: list[Tensor],
         parameters: dict[str, Tensor],
     ) -> None:
@@ -140,10 +142,9 @@ class FunctionalPath(Path):
             outputs = outputs[: expected.shape[0]]
         finite = expected.isfinite()
         difference = torch.where(finite, outputs - expected, 0.0).norm()
-        allowed = (
-            _TOLERANCE.get(expected.dtype, _COARSE_TOLERANCE) * torch.where(finite, expected, 0.0).norm()
-        )
-        if not difference <= allowed:
+        dtypes = {call.autocast, *(part.dtype for part in (expected, *values, *self.module.parameters()))}
+        tolerance = max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes if dtype is not None)
+        if not difference <= tolerance * torch.where(finite, expected, 0.0).norm():
             raise self._not_splittable("its output for one sample alone differs from that in the batch")
         self._compared.add(key)
 
@@ -195,11 +196,25 @@ class PromptPath(FunctionalPath):
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         tokens = self._tokens.to(self.parameters[0].device)
 
-        def call(parameters: dict[str, Tensor], _: list[Tensor]) -> Tensor:
+        def run_on(parameters: dict[str, Tensor], _: list[Tensor]) -> Tensor:
             return self._functional(parameters, (tokens,), {})
 
+        call = _Rerun(run_on, tokens.device.type, None)
         prompts = call(_detach(named), []).expand(batch_size, -1, -1)
         return recorded(self, prompts, lambda g: self._record(g, [], named, call))
+
+
+@dataclass(frozen=True)
+class _Rerun:
+    """A module on other parameters and tensors, under the autocast it ran with at first."""
+
+    function: Callable[[dict[str, Tensor], list[Tensor]], Tensor]
+    device: str
+    autocast: torch.dtype | None
+
+    def __call__(self, parameters: dict[str, Tensor], values: list[Tensor]) -> Tensor:
+        with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
+            return self.function(parameters, values)
 
 
 class _Bare(nn.Module):

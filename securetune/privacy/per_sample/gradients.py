@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 # Sums over blocks of this many columns: one float32 sum over millions of entries loses digits on a CPU.
 _BLOCK_COLUMNS = 4096
-# A norm taken from a Gram matrix is a sum of products that may cancel, so its rounding error is relative to
+# A norm taken from factors is a sum of products that may cancel, so its rounding error is relative to
 # the sum of their magnitudes. So many units in the last place of that sum are added, which makes the norm an
 # upper bound.
 _GRAM_SLACK_ULPS = 2
@@ -211,7 +211,6 @@ class BatchGradients:
         return joined
 
     def _factored_norms(self, uses: _Uses) -> Tensor:
-        dtype = self._rows.dtype
         if uses.written is not None:
             return row_squared_norms(self._sum_by_unit(uses.written))
         if uses.routed:
@@ -223,8 +222,8 @@ class BatchGradients:
             return dense_squared_norms(a, g)
         ids, lookup_g = self._joined(uses.lookups)
         total = dense_squared_norms(a, g) + lookup_squared_norms(ids, lookup_g)
-        slack = _GRAM_SLACK_ULPS * torch.finfo(dtype).eps * total
-        return (total + 2 * _cross_products(a, g, ids, lookup_g)).clamp_min(0) + slack
+        lengths = _lengths(a, g) + torch.linalg.vector_norm(lookup_g, dim=2).sum(1)
+        return (total + 2 * _cross_products(a, g, ids, lookup_g)).clamp_min(0) + _slack(lengths)
 
     def _column_runs(self, groups: Sequence[int]) -> Iterator["_ColumnRun"]:
         """Yield maximal ranges of row columns that lie together in the flat vector and share a group."""
@@ -287,11 +286,11 @@ def dense_squared_norms(a: Tensor, g: Tensor) -> Tensor:
         return a.flatten(1).square().sum(1) * g.flatten(1).square().sum(1)
     if tokens * (d + p) >= d * p:  # the gradient itself costs less than the Gram matrices
         small, large = (a, g) if d <= p else (g, a)
-        return row_squared_norms(torch.bmm(small.transpose(1, 2), large).flatten(1))
+        squares = row_squared_norms(torch.bmm(small.transpose(1, 2), large).flatten(1))
+        return squares + _slack(_lengths(a, g))
     gram_a, gram_g = torch.bmm(a, a.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
     lengths = (_diagonal(gram_a) * _diagonal(gram_g)).sqrt().sum(1)
-    slack = _GRAM_SLACK_ULPS * torch.finfo(a.dtype).eps * lengths.square()
-    return torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1)).clamp_min(0) + slack
+    return torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1)).clamp_min(0) + _slack(lengths)
 
 
 def routed_squared_norms(a: Tensor, g: Tensor, expert: Tensor) -> Tensor:
@@ -383,6 +382,15 @@ def _accumulate_factored(uses: _Uses, keep: Tensor, weights: Tensor, out: Tensor
         ids, g = (ids, g) if everything else (ids[keep], g[keep])
         weighted = g.to(out.dtype) * weights[:, None, None]
         out.view(-1, g.shape[2]).index_add_(0, ids.flatten(), weighted.flatten(0, 1))
+
+
+def _lengths(a: Tensor, g: Tensor) -> Tensor:
+    """Sum the norms of the positions' gradients, as if none cancelled: ``[U]``."""
+    return torch.linalg.vecdot(torch.linalg.vector_norm(a, dim=2), torch.linalg.vector_norm(g, dim=2))
+
+
+def _slack(lengths: Tensor) -> Tensor:
+    return _GRAM_SLACK_ULPS * torch.finfo(lengths.dtype).eps * lengths.square()
 
 
 def _diagonal(gram: Tensor) -> Tensor:

@@ -175,7 +175,10 @@ class _Routes:
 
 
 class RouterPath(Path):
-    """A router that keeps its weight to itself: the one ``functional.linear`` inside, at whatever dtype."""
+    """A router that keeps its weight to itself: the ``functional.linear`` inside, at whatever dtype.
+
+    A weight or bias that it uses in any other way gets an ordinary gradient, which the engine refuses.
+    """
 
     def row_places(self) -> list[TrainableParameter]:
         """The bias."""
@@ -186,11 +189,12 @@ class RouterPath(Path):
         with _LinearOfRouter(self):
             return self._original(*args, **kwargs)
 
-    def linear(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """Apply the weight, ``matrix`` being its detached copy, and the bias; ``x``: ``[N, d]``."""
-        weight, own_bias = self.place(self.module.weight), self.module._parameters.get("bias")
-        bias = self.place(own_bias)
-        y = functional.linear(x, matrix, _detached(own_bias))
+    def linear(self, x: Tensor, matrix: Tensor, given_bias: Tensor | None) -> Tensor:
+        """Apply the weight, ``matrix`` being its detached copy; ``x``: ``[N, d]``."""
+        weight, bias = self.place(self.module.weight), None
+        if given_bias is self.module._parameters.get("bias"):
+            bias, given_bias = self.place(self.module._parameters.get("bias")), _detached(given_bias)
+        y = functional.linear(x, matrix, given_bias)
 
         def record(g: Tensor, x: Tensor) -> None:
             if weight is not None:
@@ -214,14 +218,12 @@ class _LinearOfRouter(TorchFunctionMode):
         kwargs = kwargs or {}
         weight = self._path.module.weight
         if func in _CASTS and args and args[0] is weight:
-            self._casts.append(func(weight.detach(), *args[1:], **kwargs))
+            self._casts.append(func(*args, **kwargs))
             return self._casts[-1]
         if func is functional.linear:
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-            if given["weight"] is weight:
-                return self._path.linear(given["input"], weight.detach())
-            if any(given["weight"] is cast for cast in self._casts):
-                return self._path.linear(given["input"], given["weight"])
+            if any(given["weight"] is known for known in (weight, *self._casts)):
+                return self._path.linear(given["input"], given["weight"].detach(), given.get("bias"))
         return func(*args, **kwargs)
 
 

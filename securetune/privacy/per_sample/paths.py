@@ -238,7 +238,7 @@ class _Recorder(torch.autograd.Function):
         if engine.is_proving:
             engine.refuse_coupled(g, ctx.path.name)
         elif engine.is_recording:
-            ctx.record(g, *ctx.saved_tensors)
+            ctx.record(g, *(kept.detach() for kept in ctx.saved_tensors))
         else:
             engine.refuse_plain_backward(ctx.path.parameters)
         return g, *[None] * (3 + ctx.num_tensors)

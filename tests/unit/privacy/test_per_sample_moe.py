@@ -283,6 +283,27 @@ class TestRefusals:
         with pytest.raises(PrivacyError, match=r"layers\.1\.mlp\.experts are spread over devices"):
             PerSampleGradients(model)
 
+    @pytest.mark.parametrize("use", ["bias", "weight"])
+    def test_router_that_uses_a_parameter_outside_of_its_linear(self, use):
+        class OwnRouter(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.ones(3, 4))
+                self.bias = nn.Parameter(torch.ones(3))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                weight = self.weight.float()
+                if use == "bias":
+                    return functional.linear(x, weight, 2 * self.bias.float())
+                return x @ weight.t() + functional.linear(x, weight)
+
+        model = nn.Sequential(OwnRouter().double())
+        engine = PerSampleGradients(model)
+        assert isinstance(engine.paths[0], RouterPath)
+        losses = model(torch.randn(2, 4)).sum(dim=1)
+        with pytest.raises(PrivacyError, match=rf"0\.{use} got an ordinary gradient"):
+            engine.backward(losses)
+
     def test_unknown_parameter_of_experts(self):
         model = moe_model("mixtral")
         model.model.layers[0].mlp.experts.scale = nn.Parameter(torch.ones(5))
