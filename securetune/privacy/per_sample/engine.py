@@ -340,14 +340,15 @@ class PerSampleGradients:
             )
 
     def _refuse_leftover_gradients(self, when: str) -> None:
-        for place in self.parameters:
-            if place.parameter.grad is not None:
-                place.parameter.grad = None
-                raise PrivacyError(
-                    f"{place.name} got an ordinary gradient {when}, which is neither clipped nor noised: it "
-                    "is used outside of its module's forward, or another backward() ran. Freeze it "
-                    "(requires_grad_(False)) or call its module; then start the step again."
-                )
+        found = [place for place in self.parameters if place.parameter.grad is not None]
+        for place in found:
+            place.parameter.grad = None
+        if found:
+            raise PrivacyError(
+                f"{found[0].name} got an ordinary gradient {when}, which is neither clipped nor noised: it "
+                "is used outside of its module's forward, or another backward() ran. Freeze it "
+                "(requires_grad_(False)) or call its module; then start the step again."
+            )
 
     def _watch_batch_size(self) -> list[Any]:
         """Learn the number of samples from the arguments of the model and the modules above embeddings.

@@ -1,0 +1,83 @@
+"""Which options of ``transformers.Trainer`` cannot be used for private training, and why."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from securetune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+FP16 = (
+    "fp16: its loss scaling skips a step when a private gradient overflows, which epsilon does not cover. "
+    "Use bf16, or float32."
+)
+
+
+def refuse_options(args: "TrainingArguments", options: Mapping[str, Any], *, has_clipping: bool) -> None:
+    """Refuse, all at once, what the guarantee does not survive or what would be ignored.
+
+    Args:
+        args: The arguments as the user gave them.
+        options: Further arguments of the trainer.
+        has_clipping: Whether a clipping was given, so that ``max_grad_norm`` is not used.
+
+    Raises:
+        ConfigError: If anything must be refused.
+    """
+    checks = [
+        (args.fp16, FP16),
+        (
+            args.max_grad_norm <= 0 and not has_clipping,
+            f"max_grad_norm must be > 0, got {args.max_grad_norm}: it bounds each record's gradient. Or give "
+            "clipping.",
+        ),
+        (
+            args.auto_find_batch_size,
+            "auto_find_batch_size: starts over when a private sample needs too much memory. Set "
+            "per_device_train_batch_size lower; the result does not depend on it.",
+        ),
+        (
+            args.train_sampling_strategy != "random",
+            f"train_sampling_strategy={args.train_sampling_strategy!r}: the accountant counts secret random "
+            "samples only. Leave it at 'random'.",
+        ),
+        (
+            args.dataloader_drop_last,
+            "dataloader_drop_last: there is no last batch, each step is a new sample. Set it to False.",
+        ),
+        (
+            args.dataloader_num_workers > 0,
+            "dataloader_num_workers: samples are secret, so batches are made in this process. Set it to 0.",
+        ),
+        (
+            args.neftune_noise_alpha is not None,
+            "neftune_noise_alpha: its noise depends on the batch's longest record. Set it to None.",
+        ),
+        (
+            args.use_liger_kernel,
+            "use_liger_kernel: its fused loss is a mean over the batch. Set it to False.",
+        ),
+        (
+            args.include_num_input_tokens_seen != "no",
+            "include_num_input_tokens_seen: it would log the sizes of private samples. Set it to 'no'.",
+        ),
+        (
+            args.enable_jit_checkpoint,
+            "enable_jit_checkpoint: a run that a signal ends looks like one that data ended, and is charged "
+            "in full. Use save_steps, and let the process be killed: resuming loses no charged step.",
+        ),
+        (
+            any(word in str(args.optim).lower() for word in ("lomo", "layerwise")),
+            f"optim={args.optim}: it updates within the backward pass, before there is any noise. Use "
+            "another.",
+        ),
+        (
+            options.get("eval_dataset") is not None,
+            "eval_dataset: metrics on private records are un-noised, and epsilon does not cover what is "
+            "chosen by them. Give public records as public_eval_dataset.",
+        ),
+    ]
+    problems = [message for is_wrong, message in checks if is_wrong]
+    if problems:
+        raise ConfigError("PrivateTrainer cannot use:\n  " + "\n  ".join(problems))

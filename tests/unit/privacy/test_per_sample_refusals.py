@@ -1,0 +1,303 @@
+"""Uses whose per-sample gradients would be wrong, missing or coupled: each is refused, with the reason."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from securetune.errors import PrivacyError
+from securetune.privacy.per_sample import PerSampleGradients
+from tests.per_sample_oracle import one_by_one, random_parameters, relative_error, square_losses
+
+
+def randn(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Using(nn.Module):
+    """A model whose forward pass is given: ``use(layer, x)``."""
+
+    def __init__(self, layer: nn.Module, use) -> None:
+        super().__init__()
+        self.layer, self.use = layer, use
+
+    def forward(self, x):
+        return self.use(self.layer, x)
+
+
+def using(layer: nn.Module, use) -> nn.Module:
+    return random_parameters(Using(layer, use).double())
+
+
+def refused(model: nn.Module, x: torch.Tensor, match: str, losses=square_losses) -> None:
+    engine = PerSampleGradients(model)
+    with pytest.raises(PrivacyError, match=match):
+        engine.backward(losses(model, x))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class TestRowsThatAreNotTheSamples:
+    # with as many positions as samples, or a multiple, nothing but the proof can tell; reading one position
+    # leaves all but one row without a gradient
+    @pytest.mark.parametrize("tokens", [4, 8])
+    @pytest.mark.parametrize("position", [0, 1, -1])
+    def test_input_that_is_not_batch_first(self, tokens, position):
+        model = using(nn.Linear(6, 3), lambda layer, x: layer(x.transpose(0, 1))[position])
+        refused(model, randn(4, tokens, 6), "coupled")
+
+    def test_other_number_of_positions(self):
+        model = using(nn.Linear(6, 3), lambda layer, x: layer(x.transpose(0, 1))[0])
+        refused(model, randn(4, 5, 6), "saw 5 rows where the batch has 4 samples")
+
+    @pytest.mark.parametrize("tokens", [4, 5])
+    def test_positions_looked_up_once_for_all_samples(self, tokens):
+        def use(table, x):
+            return x + table(torch.arange(x.shape[1]))
+
+        refused(using(nn.Embedding(9, 6), use), randn(4, tokens, 6), "coupled|saw 5 rows")
+
+    def test_first_of_the_rows_that_were_looked_up_for_each_sample(self):
+        def use(table, x):
+            return x + table(torch.arange(x.shape[1])[None])[0]
+
+        refused(using(nn.Embedding(9, 6), use), randn(4, 5, 6), "coupled")
+
+    def test_table_row_chosen_by_each_sample(self):
+        def use(layer, x):
+            rows = layer(torch.eye(6, dtype=x.dtype)[:4])
+            return rows[torch.tensor([0, 2, 1, 3])[: len(x)]] * x[:, 0, :3]
+
+        refused(using(nn.Linear(6, 3), use), randn(4, 5, 6), "coupled")
+
+
+class TestLosses:
+    def test_one_loss_repeated(self):
+        model = using(nn.Linear(6, 3), lambda layer, x: layer(x))
+        refused(model, randn(4, 6), "coupled", lambda model, x: square_losses(model, x)[:1].expand(4))
+
+    def test_losses_in_another_order(self):
+        model = using(nn.Linear(6, 3), lambda layer, x: layer(x))
+        order = torch.tensor([0, 2, 1, 3])
+        refused(model, randn(4, 6), "coupled", lambda model, x: square_losses(model, x)[order])
+
+    @pytest.mark.parametrize("kept", [[0, 1], [2, 3], [1]])
+    def test_losses_left_out_after_a_whole_batch(self, kept):
+        model = using(nn.Linear(6, 3), lambda layer, x: layer(x))
+        engine = PerSampleGradients(model)
+        engine.backward(square_losses(model, randn(4, 6)))
+        with pytest.raises(PrivacyError, match=r"coupled|there is one loss"):
+            engine.backward(square_losses(model, randn(4, 6))[kept])
+
+    def test_proof_of_the_check_is_not_that_of_another_loss(self):
+        model = using(nn.Linear(6, 3), lambda layer, x: layer(x))
+        engine = PerSampleGradients(model)
+        engine.check(lambda rows: square_losses(model, randn(4, 6)[rows]), 4)
+        with pytest.raises(PrivacyError, match="coupled"):
+            engine.backward(square_losses(model, randn(4, 6)).flip(0))
+
+    @pytest.mark.parametrize("layer", [nn.Linear(6, 6), nn.LayerNorm(6), nn.Bilinear(6, 6, 6)])
+    def test_gradient_penalty(self, layer):
+        def use(layer, x):
+            return torch.tanh(layer(x, x) if isinstance(layer, nn.Bilinear) else layer(x))
+
+        def losses(model, x):
+            x = x.clone().requires_grad_(True)
+            values = square_losses(model, x)
+            (slope,) = torch.autograd.grad(values.sum(), x, create_graph=True)
+            return values + slope.square().flatten(1).sum(dim=1)
+
+        model = using(layer, use)
+        PerSampleGradients(model)
+        with pytest.raises(PrivacyError, match="second derivative"):
+            losses(model, randn(4, 6))
+
+
+class SharedMask(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x, mask):
+        return (mask @ x) * self.weight
+
+
+class TestModules:
+    def test_shared_argument_that_is_as_long_as_the_batch(self):
+        def use(layer, x):
+            return layer(x, torch.linspace(0, 1, x.shape[1] ** 2, dtype=x.dtype).view(x.shape[1], -1))
+
+        model = using(SharedMask(), use)
+        truth = one_by_one(copy.deepcopy(model), randn(4, 5, 6))
+        engine = PerSampleGradients(model)
+        assert (
+            relative_error(engine.backward(square_losses(model, randn(4, 5, 6))).materialize(), truth) < 1e-12
+        )
+        with pytest.raises(PrivacyError, match=r"layer layer .SharedMask. can't be run sample by sample"):
+            engine.backward(square_losses(model, randn(4, 4, 6)))
+
+    def test_shared_argument_that_would_broadcast(self):
+        class Row(SharedMask):
+            def forward(self, x, mask):
+                return x * mask[: x.shape[1], None] * self.weight
+
+        def use(layer, x):
+            return layer(x, torch.arange(1, x.shape[1] + 1, dtype=x.dtype))
+
+        refused(using(Row(), use), randn(4, 4, 6), "differs from that in the batch|Mismatch")
+
+    def test_recurrent_layer(self):
+        refused_at = using(nn.GRU(6, 3, batch_first=True), lambda layer, x: layer(x)[0])
+        engine = PerSampleGradients(refused_at)
+        assert engine.num_params
+        with pytest.raises(PrivacyError, match=r"GRU.* returns a tuple"):
+            refused_at(randn(4, 5, 6))
+
+    def test_attention_of_torch(self):
+        model = using(nn.MultiheadAttention(6, 2, batch_first=True), lambda layer, x: layer(x, x, x)[0])
+        PerSampleGradients(model)
+        with pytest.raises(PrivacyError, match=r"MultiheadAttention.* returns a tuple"):
+            model(randn(4, 5, 6))
+
+    def test_part_of_the_attention_of_torch(self):
+        model = using(nn.MultiheadAttention(6, 2, batch_first=True), lambda layer, x: layer(x, x, x)[0])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("out_proj" in name)
+        refused(model, randn(4, 5, 6), r"out_proj\.weight got an ordinary gradient")
+
+    def test_weight_shared_by_layers_of_different_kinds(self):
+        class Times(nn.Module):
+            def __init__(self, weight) -> None:
+                super().__init__()
+                self.weight = weight
+
+            def forward(self, x):
+                return x @ self.weight
+
+        linear = nn.Linear(6, 6)
+        model = nn.Sequential(linear, Times(linear.weight)).double()
+        refused(model, randn(4, 6), "shared by layers of different kinds")
+
+    def test_child_of_a_whole_module_used_outside_of_it(self):
+        class Block(nn.Module):
+            def __init__(self, child) -> None:
+                super().__init__()
+                self.scale, self.child = nn.Parameter(torch.ones(6)), child
+
+            def forward(self, x):
+                return self.child(x) * self.scale
+
+        linear = nn.Linear(6, 6)
+        refused(
+            nn.Sequential(linear, Block(linear)).double(), randn(4, 6), r"0\.weight got an ordinary gradient"
+        )
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_weight_norm_of_old(self, bias):
+        layer = nn.utils.weight_norm(nn.Linear(6, 3, bias=bias))
+        refused(nn.Sequential(layer).double(), randn(4, 6), "weight_[gv] got an ordinary gradient")
+
+    def test_power_iteration_that_moves_in_each_pass(self):
+        torch.manual_seed(0)
+        layer = nn.utils.parametrizations.spectral_norm(nn.Linear(60, 50))
+        refused(nn.Sequential(layer).double().train(), randn(4, 60), "differs from that in the batch")
+
+    @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+    def test_embedding_options(self, option):
+        with pytest.raises(PrivacyError, match=next(iter(option))):
+            PerSampleGradients(nn.Sequential(nn.Embedding(9, 6, **option)))
+
+
+class TestSubclasses:
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda layer, x: functional.linear(x, -layer.weight, layer.bias),
+            lambda layer, x: functional.linear(
+                functional.linear(x, layer.weight, layer.bias), layer.weight.t()
+            ),
+            lambda layer, x: 0.5 * functional.linear(x, layer.weight) + layer.bias,
+            lambda layer, x: functional.linear(x, layer.weight, 2 * layer.bias),
+        ],
+        ids=["changed weight", "weight used twice", "own bias", "changed bias"],
+    )
+    @pytest.mark.parametrize("has_frozen_bias", [True, False])
+    def test_linear_that_uses_its_weight_in_its_own_way(self, use, has_frozen_bias):
+        class Own(nn.Linear):
+            def forward(self, x):
+                return use(self, x)
+
+        model = random_parameters(nn.Sequential(Own(6, 3)).double())
+        model[0].bias.requires_grad_(not has_frozen_bias)
+        refused(model, randn(4, 5, 6), "got an ordinary gradient")
+
+    def test_embedding_that_leaves_its_padding_index_out(self):
+        class Own(nn.Embedding):
+            def forward(self, ids):
+                return functional.embedding(ids, self.weight)
+
+        model = random_parameters(nn.Sequential(Own(9, 6, padding_idx=0)).double())
+        refused(model, torch.arange(8).view(4, 2), "got an ordinary gradient")
+
+
+class TestOneModelOneEngine:
+    @pytest.mark.parametrize("layer", [nn.Linear(6, 6), nn.LayerNorm(6), SharedMask()])
+    def test_second_engine(self, layer):
+        model = nn.Sequential(layer)
+        first = PerSampleGradients(model)
+        with pytest.raises(PrivacyError, match="already has per-sample gradients"):
+            PerSampleGradients(model)
+        first.detach()
+        PerSampleGradients(model)
+
+    def test_detached_and_attached_again_is_exact(self):
+        model = random_parameters(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)).double())
+        truth = one_by_one(copy.deepcopy(model), randn(4, 6))
+        for _ in range(2):
+            engine = PerSampleGradients(model)
+            assert (
+                relative_error(engine.backward(square_losses(model, randn(4, 6))).materialize(), truth)
+                < 1e-12
+            )
+            with engine.ordinary_autograd():
+                square_losses(model, randn(4, 6)).sum().backward()
+            found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+            assert relative_error(found, truth.sum(dim=0)) < 1e-12
+            model.zero_grad()
+            engine.detach()
+        square_losses(model, randn(4, 6)).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+    def test_copies(self):
+        model = nn.Sequential(nn.Linear(6, 6))
+        engine = PerSampleGradients(model)
+        with pytest.raises(PrivacyError, match="can't be copied"):
+            copy.deepcopy(model)
+        with pytest.raises((PrivacyError, AttributeError)):
+            pickle.dumps(model)
+        engine.detach()
+        copy.deepcopy(model)
+        pickle.dumps(model)
+
+    @pytest.mark.parametrize("mode", [True, False])
+    def test_modes_may_change_between_passes(self, mode):
+        model = random_parameters(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)).double()).train(mode)
+        truth = one_by_one(copy.deepcopy(model), randn(4, 6))
+        engine = PerSampleGradients(model)
+        for is_training in (mode, not mode, mode):
+            model.train(is_training)
+            with torch.no_grad():
+                model(randn(7, 6))  # an evaluation in between
+            assert (
+                relative_error(engine.backward(square_losses(model, randn(4, 6))).materialize(), truth)
+                < 1e-12
+            )
+
+    def test_gradient_left_over_from_elsewhere(self):
+        model = nn.Sequential(nn.Linear(6, 6)).double()
+        engine = PerSampleGradients(model)
+        model[0].weight.grad = torch.ones(6, 6, dtype=torch.float64)
+        with pytest.raises(PrivacyError, match=r"0\.weight got an ordinary gradient before"):
+            engine.backward(square_losses(model, randn(4, 6)))

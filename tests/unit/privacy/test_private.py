@@ -1,0 +1,348 @@
+import copy
+import functools
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from securetune.errors import PrivacyError
+from securetune.privacy.accounting import epsilon_spent, plan_privacy
+from securetune.privacy.adaptive_clipping import AdaptiveClipping
+from securetune.privacy.clipping import PerLayerClipping
+from securetune.privacy.ledger import read_ledger
+from securetune.privacy.noise import NoiseSource
+from securetune.privacy.private import make_private
+from securetune.privacy.sampling import PoissonSampler, TruncatedPoissonSampler
+from securetune.privacy.units import UserSampler
+
+N, D, K = 12, 5, 3
+KEY = bytes(32)
+NO_CLIP = 1e6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def calibrated_once():
+    """The same plan is asked for again and again; each takes about a second."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("securetune.privacy.private.plan_privacy", functools.cache(plan_privacy))
+    yield
+    patch.undo()
+
+
+class NoNoise(NoiseSource):
+    """A run without noise, to compare with truth; a fixed key, so no epsilon is reported."""
+
+    def __init__(self):
+        super().__init__(KEY)
+
+    def normal(self, *, count, **address):
+        return torch.zeros(count)
+
+
+def records(count=N):
+    generator = torch.Generator().manual_seed(3)
+    return [(torch.randn(D, generator=generator, dtype=torch.float64), i % K) for i in range(count)]
+
+
+def tiny_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, K)).double()
+
+
+def losses_of(model, batch):
+    return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def private_run(tmp_path, model=None, optimizer=None, data=None, **options):
+    model = model or tiny_net()
+    settings = {
+        "target_epsilon": 8.0,
+        "delta": 1e-5,
+        "expected_batch_size": 6,
+        "max_grad_norm": 1.0,
+        "steps": 3,
+        "ledger": tmp_path / "ledger.jsonl",
+    } | options
+    if "sampler" not in settings:
+        settings.setdefault("sample_rate", 0.5)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
+    return make_private(model, optimizer, records() if data is None else data, **settings)
+
+
+def train(private, model, *, micro_batch_size=4, scheduler=None):
+    for batches in private.steps(micro_batch_size=micro_batch_size):
+        for batch in batches:
+            private.backward(losses_of(model, batch))
+        private.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+@pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
+def test_without_clipping_and_noise_it_is_the_plain_loop(tmp_path, make_optimizer):
+    model = tiny_net()
+    plain = copy.deepcopy(model)
+    features = torch.stack([feature for feature, _ in records()])
+    labels = torch.tensor([label for _, label in records()])
+    optimizer = make_optimizer(plain.parameters(), lr=0.1, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for _ in range(3):
+        losses_of(plain, (features, labels)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    optimizer = make_optimizer(model.parameters(), lr=0.1, weight_decay=0.01)
+    private = private_run(
+        tmp_path, model, optimizer, sample_rate=1.0, max_grad_norm=NO_CLIP, expected_batch_size=N,
+        noise=NoNoise(), target_epsilon=50.0,
+    )  # fmt: skip
+    train(private, model, scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 100])
+def test_step_is_the_clipped_sum_over_the_sample_for_any_micro_batch_size(tmp_path, micro_batch_size):
+    model, data, clip = tiny_net(), records(), 0.3
+    drawn = PoissonSampler(N, 0.5, KEY).draw(0)
+    expected = [torch.zeros_like(p) for p in model.parameters()]
+    for index in drawn:
+        feature, label = data[index]
+        loss = losses_of(model, (feature[None], torch.tensor([label])))[0]
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        norm = torch.cat([grad.flatten() for grad in grads]).norm()
+        for total, grad in zip(expected, grads, strict=True):
+            total += grad * min(1.0, clip / float(norm))
+    before = [p.detach().clone() for p in model.parameters()]
+    private = private_run(
+        tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0), steps=1, max_grad_norm=clip,
+        sample_rate=None, sampler=PoissonSampler(N, 0.5, KEY), noise=NoNoise(),
+    )  # fmt: skip
+    train(private, model, micro_batch_size=micro_batch_size)
+    for old, new, total in zip(before, model.parameters(), expected, strict=True):
+        torch.testing.assert_close(old - new, total / 6, rtol=1e-6, atol=1e-9)
+    assert 0 < len(drawn) < N
+
+
+def test_epsilon_is_that_of_the_charged_steps_and_within_the_target(tmp_path):
+    model = tiny_net()
+    private = private_run(tmp_path, model)
+    assert private.epsilon == 0.0
+    train(private, model)
+    assert private.epsilon == pytest.approx(epsilon_spent(private.plan.noise_multiplier, 0.5, 3, 1e-5))
+    assert 0 < private.epsilon <= 8.0
+    assert read_ledger(tmp_path / "ledger.jsonl").steps_charged == 3
+
+
+def test_fixed_keys_report_no_epsilon(tmp_path):
+    assert private_run(tmp_path, noise=NoiseSource(KEY)).epsilon is None
+
+
+def test_empty_sample_is_noised_charged_and_moves_the_model(tmp_path):
+    model = tiny_net()
+    before = model[0].weight.detach().clone()
+    private = private_run(tmp_path, model, data=records(1), sample_rate=1e-9, delta=1e-12, steps=2)
+    sizes = []
+    for batches in private.steps(micro_batch_size=4):
+        sizes.append(len(list(batches)))
+        private.step()
+    assert sizes == [0, 0]
+    assert private.ledger.steps_charged == 2
+    assert not torch.equal(before, model[0].weight)
+
+
+def test_step_is_on_disk_before_the_model_moves(tmp_path):
+    model = tiny_net()
+    charged = []
+
+    class Watching(torch.optim.SGD):
+        def step(self, closure=None):
+            charged.append(read_ledger(tmp_path / "ledger.jsonl").steps_charged)
+            super().step()
+
+    train(private_run(tmp_path, model, Watching(model.parameters(), lr=0.1)), model)
+    assert charged == [1, 2, 3]
+
+
+def test_killed_run_goes_on_with_the_steps_that_are_left(tmp_path):
+    model = tiny_net()
+    private = private_run(tmp_path, model)
+    for batches in private.steps(micro_batch_size=4):
+        for batch in batches:
+            private.backward(losses_of(model, batch))
+        private.step()
+        saved = json.loads(json.dumps(private.state_dict()))
+        break
+    private.close()  # as the end of the process does
+    resumed = private_run(tmp_path, model)
+    resumed.load_state_dict(saved)
+    assert resumed.remaining_steps == 2
+    train(resumed, model)
+    assert resumed.ledger.steps_charged == 3
+    with pytest.raises(PrivacyError, match="all 3 planned steps are charged"):
+        private_run(tmp_path, model)
+
+
+def test_checkpoint_that_the_ledger_has_not_paid_for_is_refused(tmp_path):
+    with pytest.raises(PrivacyError, match="lost or shortened"):
+        private_run(tmp_path).load_state_dict({"steps_charged": 2, "clipping": {}})
+
+
+def test_stopping_early_charges_the_whole_plan(tmp_path):
+    private = private_run(tmp_path)
+    private.stop_early()
+    assert private.epsilon == pytest.approx(private.plan.epsilon)
+
+
+def test_users_are_sampled_and_clipped_as_one(tmp_path):
+    model, data = tiny_net(), records()
+    users = [f"user{index // 4}" for index in range(N)]
+    private = private_run(
+        tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0), data, steps=1, max_grad_norm=0.01,
+        expected_batch_size=1, noise=NoNoise(), target_epsilon=50.0,
+        sampler=UserSampler(users, PoissonSampler(3, 1.0, KEY), max_records_per_user=4, key=KEY),
+    )  # fmt: skip
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    sizes = []
+    for batches in private.steps(micro_batch_size=3):
+        for batch in batches:
+            sizes.append(len(batch[1]))
+            private.backward(losses_of(model, batch))
+        private.step()
+    assert sizes == [4, 4, 4]
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert float(moved.norm()) <= 3 * 0.01 * 1.0001  # 12 records, but three units
+    assert private.ledger.state.header.unit == "user"
+
+
+def test_truncated_sampling_and_other_clippings_reach_the_ledger(tmp_path):
+    private = private_run(
+        tmp_path, sampler=TruncatedPoissonSampler(N, 0.5, 8), max_grad_norm=PerLayerClipping(2.0)
+    )
+    header = private.ledger.state.header
+    assert (header.sampler, header.num_records, header.max_batch_size) == ("truncated Poisson", N, 8)
+    assert header.max_grad_norm == pytest.approx(2.0)
+
+
+def test_adaptive_thresholds_are_resumed(tmp_path):
+    def adaptive():
+        return AdaptiveClipping(1.0, count_noise_multiplier=5.0, expected_batch_size=6)
+
+    model = tiny_net()
+    private = private_run(tmp_path, model, max_grad_norm=adaptive(), steps=2)
+    for batches in private.steps(micro_batch_size=4):
+        for batch in batches:
+            private.backward(losses_of(model, batch))
+        private.step()
+        break
+    thresholds = private.clipping.thresholds
+    assert thresholds != {"all": 1.0}
+    private.close()
+    resumed = private_run(tmp_path, model, max_grad_norm=adaptive(), steps=2)
+    resumed.load_state_dict(private.state_dict())
+    assert resumed.clipping.thresholds == thresholds
+
+
+def test_epochs_become_expected_passes(tmp_path):
+    assert private_run(tmp_path, steps=None, epochs=3, sample_rate=0.1).plan.spec.steps == 30
+
+
+def test_record_differentiated_twice_is_refused(tmp_path):
+    model = tiny_net()
+    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
+    batch = next(next(private.steps(micro_batch_size=4)))
+    private.backward(losses_of(model, batch))
+    with pytest.raises(PrivacyError, match="once for each"):
+        private.backward(losses_of(model, batch))
+
+
+def test_micro_batch_left_out_is_refused(tmp_path):
+    model = tiny_net()
+    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
+    batches = next(private.steps(micro_batch_size=4))
+    next(batches)
+    with pytest.raises(PrivacyError, match="left out"):
+        next(batches)
+    with pytest.raises(PrivacyError, match="3 micro-batches"):
+        private.step()
+    assert private.ledger.steps_charged == 0
+
+
+def test_step_that_is_not_finished_is_refused(tmp_path):
+    steps = private_run(tmp_path).steps(micro_batch_size=4)
+    next(steps)
+    with pytest.raises(PrivacyError, match="not finished"):
+        next(steps)
+
+
+def test_step_without_a_sample_is_refused(tmp_path):
+    private = private_run(tmp_path)
+    with pytest.raises(PrivacyError, match="no step to finish"):
+        private.step()
+    assert private.ledger.steps_charged == 0
+
+
+@pytest.mark.parametrize("reduce", [torch.mean, lambda losses: losses[1:]])
+def test_losses_of_another_number_than_records_are_refused(tmp_path, reduce):
+    model = tiny_net()
+    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
+    batch = next(next(private.steps(micro_batch_size=4)))
+    with pytest.raises(PrivacyError, match="one value for each of the 4 records"):
+        private.backward(reduce(losses_of(model, batch)))
+
+
+def test_check_finds_a_divisor_counted_over_the_batch(tmp_path):
+    model = tiny_net()
+    private = private_run(tmp_path, model)
+    collate = torch.utils.data.default_collate
+    examples = records(4)
+    assert private.check(lambda rows: losses_of(model, collate(rows)), examples) < 1e-9
+    with pytest.raises(PrivacyError, match="batch-mates"):
+        private.check(lambda rows: losses_of(model, collate(rows)) / len(rows), examples)
+
+
+def test_public_gradient_is_added_without_noise_or_clipping(tmp_path):
+    model = tiny_net()
+    public = (torch.randn(2, D, dtype=torch.float64) * 50, torch.tensor([0, 1]))
+    expected = torch.autograd.grad(losses_of(model, public).mean(), model[0].weight)[0]
+    before = model[0].weight.detach().clone()
+    private = private_run(
+        tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0), steps=1, data=records(1),
+        sample_rate=1e-9, delta=1e-12, noise=NoNoise(),
+    )  # fmt: skip
+    for _ in private.steps(micro_batch_size=4):
+        private.public_backward(losses_of(model, public), weight=0.5)
+        private.step()
+    torch.testing.assert_close(before - model[0].weight, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_refused_arguments_leave_the_model_as_it_was(tmp_path):
+    model = tiny_net()
+    half = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with pytest.raises(PrivacyError, match="must own exactly the trainable parameters"):
+        private_run(tmp_path, model, half)
+    losses_of(model, torch.utils.data.default_collate(records(2))).mean().backward()
+    assert model[0].weight.grad is not None
+    private_run(tmp_path, model).close()  # the ledger was given up too
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sample_rate": None}, "either sample_rate or sampler"),
+        ({"epochs": 2}, "either steps or epochs"),
+        ({"sampler": PoissonSampler(N + 1, 0.5)}, "draws from 13 records, but 12"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        private_run(tmp_path, **options)
+
+
+def test_after_the_run_the_model_is_an_ordinary_one(tmp_path):
+    model = tiny_net()
+    train(private_run(tmp_path, model), model)
+    losses_of(model, torch.utils.data.default_collate(records(2))).mean().backward()
+    assert model[0].weight.grad is not None
