@@ -271,7 +271,7 @@ class PrivateTraining:
         Raises:
             PrivacyError: If the ledger holds fewer steps than the checkpoint had paid for.
         """
-        if False and state["steps_charged"]:
+        if self.ledger.steps_charged < state["steps_charged"]:
             raise PrivacyError(
                 f"{self.ledger.path} holds {self.ledger.steps_charged} steps, but the checkpoint had paid "
                 f"for {state['steps_charged']}: the ledger was lost or shortened, so epsilon would be too "

@@ -1,7 +1,7 @@
-"""The 36 known traps of differentially private training: where each one is tested, and those tested here.
+"""The 36 known traps of differentially private training: where each is tested, and those tested here.
 
-Paths are under ``tests/unit/``, without ``test_`` and ``.py``; a star stands for the rest of a name. *here* is
-``test_trap_<number>_*`` of this file, *step* that of privacy/privacy_traps_of_the_step.
+Paths are under ``tests/unit/``, without ``test_`` and ``.py``; a star stands for the rest of a name. *here*
+is ``test_trap_<number>_*`` of this file, *step* that of privacy/privacy_traps_of_the_step.
 
 ====  ===========================================  ==========================================================
 trap  what goes wrong elsewhere                    tests

@@ -197,13 +197,26 @@ def test_stopping_early_charges_the_whole_plan(tmp_path):
 
 
 def test_users_are_sampled_and_clipped_as_one(tmp_path):
-    model, data = tiny_net(), records()
+    model, data, clip = tiny_net(), records(), 0.3
     users = [f"user{index // 4}" for index in range(N)]
+    expected = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    for user in range(3):
+        batch = torch.utils.data.default_collate(data[4 * user : 4 * user + 4])
+        grads = torch.autograd.grad(losses_of(model, batch).sum(), list(model.parameters()))
+        grad = torch.cat([g.flatten() for g in grads])
+        expected += grad * min(1.0, clip / float(grad.norm()))
     private = private_run(
-        tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0), data, steps=1, max_grad_norm=0.01,
-        expected_batch_size=1, noise=NoNoise(), target_epsilon=50.0,
+        tmp_path,
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        data,
+        steps=1,
+        max_grad_norm=clip,
+        expected_batch_size=1,
+        noise=NoNoise(),
+        target_epsilon=50.0,
         sampler=UserSampler(users, PoissonSampler(3, 1.0, KEY), max_records_per_user=4, key=KEY),
-    )  # fmt: skip
+    )
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     sizes = []
     for batches in private.steps(micro_batch_size=3):
@@ -212,9 +225,21 @@ def test_users_are_sampled_and_clipped_as_one(tmp_path):
             private.backward(losses_of(model, batch))
         private.step()
     assert sizes == [4, 4, 4]
-    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
-    assert float(moved.norm()) <= 3 * 0.01 * 1.0001  # 12 records, but three units
+    moved = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-8)
     assert private.ledger.state.header.unit == "user"
+
+
+def test_each_step_takes_a_sample_of_its_own(tmp_path):
+    sampler = PoissonSampler(N, 0.5, KEY)
+    private = private_run(tmp_path, data=list(range(N)), sampler=sampler)
+    drawn = []
+    for batches in private.steps(micro_batch_size=N, collate_fn=list):
+        drawn.append(next(batches, []))
+        private.backward(private.grads.model(torch.ones(len(drawn[-1]), D, dtype=torch.float64)).sum(dim=1))
+        private.step()
+    assert drawn == [sampler.draw(step) for step in range(3)]
+    assert drawn[0] != drawn[1]
 
 
 def test_truncated_sampling_and_other_clippings_reach_the_ledger(tmp_path):
@@ -321,11 +346,12 @@ def test_public_gradient_is_added_without_noise_or_clipping(tmp_path):
 def test_refused_arguments_leave_the_model_as_it_was(tmp_path):
     model = tiny_net()
     half = torch.optim.SGD(model[0].parameters(), lr=0.1)
-    with pytest.raises(PrivacyError, match="must own exactly the trainable parameters"):
+    with pytest.raises(PrivacyError, match="must own exactly the trainable parameters") as caught:
         private_run(tmp_path, model, half)
     losses_of(model, torch.utils.data.default_collate(records(2))).mean().backward()
     assert model[0].weight.grad is not None
     private_run(tmp_path, model).close()  # the ledger was given up too
+    assert caught.value.__traceback__ is not None  # it kept alive what the failed call had made
 
 
 @pytest.mark.parametrize(
