@@ -97,8 +97,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    has_line_break = len(text.splitlines()) > 1 or text.splitlines() != [text] * bool(text)
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if has_line_break else None)
+    # line breaks of any kind are folded or lost in YAML's other styles
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
 def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:

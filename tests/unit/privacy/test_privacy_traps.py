@@ -1,6 +1,6 @@
 """The 36 known traps of differentially private training: where each is tested, and those tested here.
 
-Paths are under ``tests/unit/``, without ``test_`` and ``.py``; a star stands for the rest of a name. *here*
+Paths are under ``tests/unit/``, without ``test_`` and ``.py``; a star stands for the rest of a name. *Here*
 is ``test_trap_<number>_*`` of this file, *step* that of privacy/privacy_traps_of_the_step.
 
 ====  ===========================================  ==========================================================
