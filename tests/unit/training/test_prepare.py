@@ -50,7 +50,7 @@ def test_too_few_held_out_records_that_fit_are_refused(workshop):
     with pytest.raises(
         DataError, match=r"held-out records fit data\.max_length, fewer than .* \(30\) and the 60"
     ):
-        prepare(workshop, "short", NOISY, on_overlong="drop", max_length=32)
+        prepare(workshop, "short", NOISY, on_overlong="drop", max_length=30)
 
 
 def test_public_records_are_encoded_as_private_ones(workshop):
