@@ -224,13 +224,12 @@ class PerSampleGradients:
         """Record written-out gradients ``[B, *shape]`` of a parameter."""
         if grads.shape[0] != self._rows:
             raise _not_by_sample(name, grads.shape[0], self._rows)
-        columns = self.row_slice(place)
-        if (
-            place.index in self._written
-        ):  # the module ran more than once in this forward: its gradients add up
-            columns += grads.flatten(1)
+        columns = self.row_slice(place).unflatten(1, grads.shape[1:] or (1,))
+        grads = grads.view(columns.shape) if grads.ndim == 1 else grads
+        if place.index in self._written:  # the module ran more than once in this forward
+            columns += grads
         else:
-            columns.copy_(grads.flatten(1))
+            columns.copy_(grads)
             self._written.add(place.index)
 
     def _uses(self, place: TrainableParameter, name: str) -> _Uses:
