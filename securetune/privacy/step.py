@@ -10,7 +10,7 @@ Dimensions: ``B`` samples, ``U`` privacy units, ``P`` trainable parameters.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ from securetune.privacy.clipping import Clipping, FlatClipping
 from securetune.privacy.ledger import LedgerState
 from securetune.privacy.noise import Noise
 from securetune.privacy.per_sample import PerSampleGradients
+from securetune.privacy.reduction import Reduction, SingleProcess, add_noise
 from securetune_kernels import clip_and_accumulate
 
 GRADIENT_NOISE_STREAM = 0
-_NOISE_CHUNK = 1 << 24  # 64 MiB of noise at a time
 
 
 class Charges(Protocol):
@@ -37,41 +37,6 @@ class Charges(Protocol):
     def charge(self) -> int:
         """Charge one step durably, or raise if the budget is spent."""
         ...
-
-
-class Shard(NamedTuple):
-    """A part of the summed gradient that this process owns after the reduction.
-
-    Attributes:
-        values: 1-D, float32: entries ``[start, start + len(values))`` of the canonical flat vector.
-        start: Canonical flat index of the first entry: where its noise is addressed.
-    """
-
-    values: Tensor
-    start: int
-
-
-class Reduction(Protocol):
-    """How the sums of several processes become one, and which part of it each process owns."""
-
-    def reduce_sum(self, summed: Tensor) -> list[Shard]:
-        """Add the sums of all processes.
-
-        Args:
-            summed: ``[P]``, float32: this process' sum.
-
-        Returns:
-            The shards that this process updates; together the processes own every entry once.
-        """
-        ...
-
-
-class SingleProcess:
-    """One process owns everything."""
-
-    def reduce_sum(self, summed: Tensor) -> list[Shard]:
-        """Return the whole sum as one shard."""
-        return [Shard(summed, 0)]
 
 
 class OrdinaryStep:
@@ -111,18 +76,15 @@ class OrdinaryStep:
 
     def finish(self) -> None:
         """Update the parameters from the accumulated gradient and start the next step."""
-        self._update(self.summed.div_(self.expected_batch_size))
-
-    def _update(self, gradient: Tensor) -> None:
         _refuse_other_parameters(self.grads, self.optimizer)
+        whole = slice(0, self.grads.num_params)
+        gradient = self.summed.div_(self.expected_batch_size)
+        SingleProcess().assign(self.grads, self.optimizer, whole, gradient)
+        self._update()
+
+    def _update(self) -> None:
+        """Let the optimizer use the gradients that it was given, and forget them."""
         parameters, flat = self.grads.owned_by_optimizer
-        owns_flat = flat is not None and self.optimizer.param_groups[0]["params"][0] is flat
-        if flat is not None and owns_flat:
-            flat.grad = gradient.to(flat.dtype)
-        else:
-            for place in self.grads.parameters:
-                part = gradient[place.start : place.stop].view_as(place.parameter)
-                place.parameter.grad = part.to(place.parameter.dtype)
         self.optimizer.step()
         for parameter in [*parameters, *([] if flat is None else [flat])]:
             parameter.grad = None
@@ -147,7 +109,7 @@ class PrivateStep(OrdinaryStep):
         expected_batch_size: Public divisor of the noisy sum; never the number of samples drawn.
         noise: Position-addressed noise under a key of its own.
         ledger: Where every step is charged.
-        reduction: How several processes add up.
+        reduction: How several processes add up and share the work; one process when None.
 
     Raises:
         PrivacyError: If a value is out of its range, the ledger was opened for another noise multiplier, or
@@ -242,31 +204,25 @@ class PrivateStep(OrdinaryStep):
         Raises:
             PrivacyError: If the planned budget is spent; nothing is released then.
         """
+        _refuse_other_parameters(self.grads, self.optimizer)
         step = self._steps_finished
         self._ledger.charge()
         self._steps_finished += 1
         stddev = self.clipping.noise_stddev(self.noise_multiplier)
-        for shard in self._reduction.reduce_sum(self.summed):
-            self._add_noise(shard, step, stddev)
+        reduction = self._reduction
+        for layer in reduction.layers(self.grads.parameters):
+            shard = reduction.reduce_sum(layer, self.summed[layer])
+            address = reduction.address(layer, shard)
+            add_noise(shard, address, self._noise, step=step, stream=GRADIENT_NOISE_STREAM, stddev=stddev)
+            shard.div_(self.expected_batch_size)
+            if self._public is not None:
+                shard += reduction.reduce_sum(layer, self._public[layer])
+            reduction.assign(self.grads, self.optimizer, layer, shard)
         self.clipping.finish(self._noise, step=step, noise_multiplier=self.noise_multiplier)
-        gradient = self.summed.div_(self.expected_batch_size)
-        if self._public is not None:
-            gradient += self._public
-        self._update(gradient)
+        self._update()
         self._public = None
         self._private_ids.clear()
         self._public_ids.clear()
-
-    def _add_noise(self, shard: Shard, step: int, stddev: float) -> None:
-        for start in range(0, len(shard.values), _NOISE_CHUNK):
-            values = shard.values[start : start + _NOISE_CHUNK]
-            values += self._noise.normal(
-                step=step,
-                stream=GRADIENT_NOISE_STREAM,
-                start=shard.start + start,
-                count=len(values),
-                stddev=stddev,
-            ).to(values)
 
     @staticmethod
     def _remember(own: set[Hashable], ids: Sequence[Hashable], others: set[Hashable]) -> None:
@@ -306,11 +262,4 @@ def _refuse_other_parameters(grads: PerSampleGradients, optimizer: torch.optim.O
         )
 
 
-__all__ = [
-    "GRADIENT_NOISE_STREAM",
-    "OrdinaryStep",
-    "PrivateStep",
-    "Reduction",
-    "Shard",
-    "SingleProcess",
-]
+__all__ = ["GRADIENT_NOISE_STREAM", "OrdinaryStep", "PrivateStep"]

@@ -130,7 +130,8 @@ def test_trap_25_noise_and_sum_of_a_bfloat16_model_are_float32():
     assert relative_error(step.summed, 600 * one) < 1e-4
     step.summed.zero_()
     seen = []
-    step._update = lambda gradient: seen.append(gradient.clone())  # before it is rounded to the parameters
+    # before it is rounded to the parameters
+    step._reduction.assign = lambda _grads, _optimizer, _layer, shard: seen.append(shard.clone())
     step.finish()
     assert seen[0].dtype == torch.float32
     assert len(seen[0].unique()) > 0.99 * engine.num_params
