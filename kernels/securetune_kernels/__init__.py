@@ -4,6 +4,7 @@ The package imports only the standard library and torch; Triton is imported on f
 """
 
 from .clip_and_accumulate import clip_and_accumulate
+from .gaussian_noise import gaussian_noise
 from .pgd_step import pgd_step
 
-__all__ = ["clip_and_accumulate", "pgd_step"]
+__all__ = ["clip_and_accumulate", "gaussian_noise", "pgd_step"]

@@ -191,7 +191,16 @@ class CorrelatedNoise:
         """Whether an epsilon may be reported for what this noise hides: false for a fixed test key."""
         return self._source.reportable_epsilon
 
-    def normal(self, *, step: int, stream: int = 0, start: int = 0, count: int, stddev: float) -> Tensor:
+    def normal(
+        self,
+        *,
+        step: int,
+        stream: int = 0,
+        start: int = 0,
+        count: int,
+        stddev: float,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
         """Draw the noise of ``count`` consecutive addresses; correlated over steps, not over addresses.
 
         Args:
@@ -201,9 +210,10 @@ class CorrelatedNoise:
             count: How many, >= 0; ``start + count`` at most 2**48.
             stddev: Standard deviation of the run's one Gaussian mechanism, ``noise_multiplier *
                 max_grad_norm``, the same at every step: the sensitivity is multiplied in here.
+            device: Where to draw.
 
         Returns:
-            ``[count]``, float32, on the CPU.
+            ``[count]``, float32, on ``device``.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -230,10 +240,10 @@ class CorrelatedNoise:
                 "noise_multiplier and max_grad_norm fixed over the run, or use independent noise."
             )
         self._last_step = step
-        out = torch.empty(count, dtype=torch.float32)
+        out = torch.empty(count, dtype=torch.float32, device=device)
         for low in range(0, count, _CHUNK):
             size = min(_CHUNK, count - low)
-            mixed = torch.zeros(size, dtype=torch.float64)
+            mixed = torch.zeros(size, dtype=torch.float64, device=device)
             for lag, coefficient in enumerate(self.mechanism.noise_coefficients[: step + 1]):
                 normals = self._source.normal(
                     step=0,  # one step, for the source, since earlier normals are drawn again
@@ -241,6 +251,7 @@ class CorrelatedNoise:
                     start=start + low,
                     count=size,
                     stddev=stddev * self.mechanism.sensitivity,
+                    device=device,
                 )
                 mixed.add_(normals.double(), alpha=float(coefficient))
             out[low : low + size] = mixed

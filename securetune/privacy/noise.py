@@ -34,6 +34,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from torch import Tensor
 
 from securetune.errors import PrivacyError
+from securetune_kernels import gaussian_noise
 
 __all__ = ["KEY_BYTES", "SAMPLING_STREAM", "Noise", "NoiseSource", "keystream_words"]
 
@@ -50,7 +51,16 @@ _CHUNK_WORDS = 1 << 16  # 512 KiB of float64: stays in cache and bounds memory
 class Noise(Protocol):
     """Position-addressed Gaussian noise: independent (:class:`NoiseSource`) or correlated over steps."""
 
-    def normal(self, *, step: int, stream: int = 0, start: int = 0, count: int, stddev: float) -> Tensor:
+    def normal(
+        self,
+        *,
+        step: int,
+        stream: int = 0,
+        start: int = 0,
+        count: int,
+        stddev: float,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
         """Return the noise of the entries ``[start, start + count)``; see :meth:`NoiseSource.normal`."""
         ...
 
@@ -90,7 +100,16 @@ class NoiseSource:
         """Whether an epsilon may be reported for what this source noised: false for a fixed test key."""
         return self._has_secret_key
 
-    def normal(self, *, step: int, stream: int = 0, start: int = 0, count: int, stddev: float) -> Tensor:
+    def normal(
+        self,
+        *,
+        step: int,
+        stream: int = 0,
+        start: int = 0,
+        count: int,
+        stddev: float,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
         """Draw ``count`` independent normals of mean 0 at consecutive addresses.
 
         Args:
@@ -100,9 +119,11 @@ class NoiseSource:
             count: How many, >= 0; ``start + count`` at most 2**48.
             stddev: Standard deviation >= 0, in the units of what is noised (``noise_multiplier *
                 max_grad_norm``).
+            device: Where to draw. A GPU draws with the same words of the generator; its normals differ from
+                the CPU's by a few units in the last place.
 
         Returns:
-            ``[count]``, float32, on the CPU.
+            ``[count]``, float32, on ``device``.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -122,6 +143,15 @@ class NoiseSource:
                 "its steps upwards."
             )
         self._last_step = step
+        if torch.device(device).type != "cpu":
+            return gaussian_noise(
+                torch.zeros(count, device=device),
+                key=self.key_words(device),
+                step=torch.tensor([step], device=device),
+                stddev=stddev,
+                stream=stream,
+                start=start,
+            )
         out = np.empty(count, dtype=np.float32)
         first_word = start // _WORDS_PER_BLOCK * _WORDS_PER_BLOCK  # pairs never straddle a block
         last_word = start + count + (-(start + count)) % _WORDS_PER_BLOCK
@@ -139,6 +169,18 @@ class NoiseSource:
             for _ in pool.map(fill, range(first_word, last_word, _CHUNK_WORDS)):
                 pass
         return torch.from_numpy(out)
+
+    def key_words(self, device: torch.device | str) -> Tensor:
+        """Return the secret key for an op that draws on a device; keep it in memory, and nowhere else.
+
+        Args:
+            device: Where the op runs.
+
+        Returns:
+            ``[8]``, int32: the little-endian words of the key.
+        """
+        words = torch.from_numpy(np.frombuffer(self._key, dtype="<i4").astype(np.int32))
+        return words.to(device)
 
 
 def box_muller(words: np.ndarray) -> np.ndarray:

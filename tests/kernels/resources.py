@@ -22,6 +22,7 @@ from pathlib import Path
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 ALIGNED = [["tt.divisibility", 16]]
 CLIP = "securetune_kernels.clip_and_accumulate.triton_kernels"
+NOISE = "securetune_kernels.gaussian_noise.triton_kernels"
 PGD = "securetune_kernels.pgd_step.triton_kernels"
 
 
@@ -74,7 +75,27 @@ def variants() -> Iterator[Variant]:
         {"num_splits": "i32", "valid_stride": "i32", "max_grad_norm": "fp32"},
         {"HAS_VALID": True, "BLOCK_SPLITS": clip.MAX_SPLITS}, 4,
     )  # fmt: skip
+    yield from _noise_variants()
     yield from _pgd_variants()
+
+
+def _noise_variants() -> Iterator[Variant]:
+    noise = importlib.import_module(NOISE)
+    for is_chacha, has_coefficients, summands in (
+        (True, False, 1),
+        (True, True, 1),
+        (True, False, 4),
+        (False, False, 1),
+    ):
+        name = "ChaCha20" if is_chacha else "Philox"
+        bands = ", coefficients" if has_coefficients else ""
+        yield Variant(
+            NOISE, "_gaussian_noise_kernel", f"{name}{bands}, {summands} summand(s)",
+            {"out_ptr": "*fp32", "key_ptr": "*i32", "step_ptr": "*i64", "coefficients_ptr": "*fp32"},
+            {"start": "i64", "count": "i32", "stream": "i32", "stddev": "fp32", "num_coefficients": "i32"},
+            {"IS_CHACHA": is_chacha, "HAS_COEFFICIENTS": has_coefficients, "SUMMANDS": summands,
+             "BLOCK": noise.BLOCK}, noise.NUM_WARPS,
+        )  # fmt: skip
 
 
 def _pgd_variants() -> Iterator[Variant]:
