@@ -25,7 +25,7 @@ https://doi.org/10.1145/2382196.2382264), and an attacker who reads this process
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -131,23 +131,15 @@ class NoiseSource:
         """
         if not 0 <= stddev <= 1e37:  # 9.42 stddevs must fit into float32
             raise ValueError(f"stddev must be a finite number from 0 to 1e37, got {stddev}.")
-        if not 0 <= stream <= MAX_NOISE_STREAM:
-            raise ValueError(f"stream must be from 0 to {MAX_NOISE_STREAM}, got {stream}.")
-        check_step(step)
         if start < 0 or count < 0 or start + count > MAX_INDEX:
             raise ValueError(f"start and count must be >= 0 and end by {MAX_INDEX}, got {start} and {count}.")
-        if step < self._last_step:
-            raise PrivacyError(
-                f"noise for step {step} was asked for after step {self._last_step}: noise that is used for "
-                "two different sums reveals their difference. Use a new NoiseSource for a new run, and count "
-                "its steps upwards."
-            )
-        self._last_step = step
+        self._go_to(step, stream)
         if torch.device(device).type != "cpu":
+            key, now = self.on_device(step=step, stream=stream, device=device)
             return gaussian_noise(
                 torch.zeros(count, device=device),
-                key=self.key_words(device),
-                step=torch.tensor([step], device=device),
+                key=key,
+                step=now,
                 stddev=stddev,
                 stream=stream,
                 start=start,
@@ -170,17 +162,48 @@ class NoiseSource:
                 pass
         return torch.from_numpy(out)
 
-    def key_words(self, device: torch.device | str) -> Tensor:
-        """Return the secret key for an op that draws on a device; keep it in memory, and nowhere else.
+    def on_device(self, *, step: int, stream: int, device: torch.device | str) -> "KeyAndStep":
+        """Return the secret key and a step for an op that draws on a device by itself.
 
         Args:
+            step: As in :meth:`normal`; may repeat but never go back.
+            stream: As in :meth:`normal`.
             device: Where the op runs.
 
         Returns:
-            ``[8]``, int32: the little-endian words of the key.
+            The key, to be kept in memory and nowhere else, and the step.
+
+        Raises:
+            ValueError: If an argument is out of range.
+            PrivacyError: If ``step`` is below one already drawn.
         """
+        self._go_to(step, stream)
         words = torch.from_numpy(np.frombuffer(self._key, dtype="<i4").astype(np.int32))
-        return words.to(device)
+        return KeyAndStep(words.to(device), torch.tensor([step], device=device))
+
+    def _go_to(self, step: int, stream: int) -> None:
+        if not 0 <= stream <= MAX_NOISE_STREAM:
+            raise ValueError(f"stream must be from 0 to {MAX_NOISE_STREAM}, got {stream}.")
+        check_step(step)
+        if step < self._last_step:
+            raise PrivacyError(
+                f"noise for step {step} was asked for after step {self._last_step}: noise that is used for "
+                "two different sums reveals their difference. Use a new NoiseSource for a new run, and count "
+                "its steps upwards."
+            )
+        self._last_step = step
+
+
+class KeyAndStep(NamedTuple):
+    """What an op needs to draw the noise of a step.
+
+    Attributes:
+        key: ``[8]``, int32: the little-endian words of the secret key.
+        step: ``[1]``, int64.
+    """
+
+    key: Tensor
+    step: Tensor
 
 
 def box_muller(words: np.ndarray) -> np.ndarray:

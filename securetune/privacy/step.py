@@ -17,6 +17,7 @@ from torch import Tensor
 
 from securetune.errors import PrivacyError
 from securetune.privacy.clipping import Clipping, FlatClipping
+from securetune.privacy.fused_update import FusedUpdate, why_not_fused
 from securetune.privacy.ledger import LedgerState
 from securetune.privacy.noise import Noise
 from securetune.privacy.per_sample import PerSampleGradients
@@ -110,6 +111,8 @@ class PrivateStep(OrdinaryStep):
         noise: Position-addressed noise under a key of its own.
         ledger: Where every step is charged.
         reduction: How several processes add up and share the work; one process when None.
+        fused: Noise and update in one sweep over memory. None does so on a GPU where the optimizer allows it:
+            AdamW or SGD over ``[grads.flat_params]``. The result is the same up to rounding.
 
     Raises:
         PrivacyError: If a value is out of its range, the ledger was opened for another noise multiplier, or
@@ -127,6 +130,7 @@ class PrivateStep(OrdinaryStep):
         noise: Noise,
         ledger: Charges,
         reduction: Reduction | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(grads, optimizer, expected_batch_size=expected_batch_size)
         if not noise_multiplier >= 0:
@@ -144,6 +148,11 @@ class PrivateStep(OrdinaryStep):
         self._noise = noise
         self._ledger = ledger
         self._reduction = reduction or SingleProcess()
+        if fused and reduction is not None:
+            raise PrivacyError("fused=True is for one process. Leave it out, or leave out reduction.")
+        may_fuse = reduction is None and (self.summed.is_cuda if fused is None else fused)
+        is_possible = fused or why_not_fused(grads, optimizer, noise) is None
+        self._fused = FusedUpdate(grads, optimizer, noise) if may_fuse and is_possible else None
         self._steps_finished = 0
         self._public: Tensor | None = None  # [P], the weighted public gradient of this step
         self._private_ids: set[Hashable] = set()
@@ -209,6 +218,25 @@ class PrivateStep(OrdinaryStep):
         self._ledger.charge()
         self._steps_finished += 1
         stddev = self.clipping.noise_stddev(self.noise_multiplier)
+        is_fused = why_not_fused(self.grads, self.optimizer, self._noise) is None
+        if self._fused is not None and is_fused:  # hooks or options may have come since
+            self._fused(
+                self.summed,
+                step=step,
+                stream=GRADIENT_NOISE_STREAM,
+                stddev=stddev,
+                divisor=self.expected_batch_size,
+                public=self._public,
+            )
+        else:
+            self._release(step, stddev)
+            self._update()
+        self.clipping.finish(self._noise, step=step, noise_multiplier=self.noise_multiplier)
+        self._public = None
+        self._private_ids.clear()
+        self._public_ids.clear()
+
+    def _release(self, step: int, stddev: float) -> None:
         reduction = self._reduction
         for layer in reduction.layers(self.grads.parameters):
             shard = reduction.reduce_sum(layer, self.summed[layer])
@@ -218,11 +246,6 @@ class PrivateStep(OrdinaryStep):
             if self._public is not None:
                 shard += reduction.reduce_sum(layer, self._public[layer])
             reduction.assign(self.grads, self.optimizer, layer, shard)
-        self.clipping.finish(self._noise, step=step, noise_multiplier=self.noise_multiplier)
-        self._update()
-        self._public = None
-        self._private_ids.clear()
-        self._public_ids.clear()
 
     @staticmethod
     def _remember(own: set[Hashable], ids: Sequence[Hashable], others: set[Hashable]) -> None:
