@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
 
 Record = Callable[[Tensor], None]
+_TRANSPOSES = (Tensor.T.__get__, Tensor.t, torch.t)  # pyright: ignore[reportAttributeAccessIssue]
+_PRODUCTS = (Tensor.matmul, Tensor.__matmul__, torch.matmul)
+_SUMS = (Tensor.add, Tensor.__add__, torch.add)
 _KNOWN_LAYERS = (
     nn.Linear,
     nn.Embedding,
@@ -129,10 +132,29 @@ class DensePath(Path):
                 a, b = (g, x) if is_transposed else (x, g)
                 self.engine.record_dense(weight, a, b, self.name)
             if bias is not None:
-                by_sample = self.engine.by_sample(g, self.name)
-                self.engine.record_rows(bias, _sum_positions(by_sample, self.engine.compute_dtype), self.name)
+                self._record_bias(bias, g)
 
         return recorded(self, y, record, kept)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Run the layer without its bias; ``x``: ``[B, ..., d]``."""
+        weight = self.place(self.module.weight)
+        y = functional.linear(x, self.module.weight.detach())
+        if weight is None:
+            return y
+        return recorded(
+            self, y, lambda g, x: self.engine.record_dense(weight, x, g, self.name), x.to(y.dtype)
+        )
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """Add the bias alone; ``y``: ``[B, ..., p]``."""
+        bias = self.place(self.module.bias)
+        y = y + self.module.bias.detach()
+        return y if bias is None else recorded(self, y, lambda g: self._record_bias(bias, g))
+
+    def _record_bias(self, bias: TrainableParameter, g: Tensor) -> None:
+        by_sample = self.engine.by_sample(g, self.name)
+        self.engine.record_rows(bias, _sum_positions(by_sample, self.engine.compute_dtype), self.name)
 
 
 class EmbeddingPath(Path):
@@ -179,16 +201,36 @@ class _InterceptedCall(TorchFunctionMode):
         return given is module.bias if self.function is functional.linear else given == module.padding_idx
 
 
+class _InterceptedProduct(_InterceptedCall):
+    """Run a linear layer's own call, or its ``x @ weight.T`` and ``+ bias``, through the layer's path."""
+
+    def __init__(self, path: "DensePath") -> None:
+        super().__init__(path, functional.linear)
+        self._dense = path
+        self._transposed: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        weight, bias = self.path.module.weight, self.path.module.bias
+        if func in _TRANSPOSES and args[0] is weight:
+            self._transposed.append(func(*args, **(kwargs or {})))
+            return self._transposed[-1]
+        if func in _PRODUCTS and not kwargs and any(args[1] is known for known in self._transposed):
+            return self._dense.multiply(args[0])
+        if func in _SUMS and not kwargs and bias is not None and args[1] is bias:
+            return self._dense.add_bias(args[0])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 class SubclassPath(Path):
     """A subclass of a known layer with a forward of its own, which calls the known one somewhere inside.
 
-    For example scaled embeddings and position tables with an offset. A weight that it uses in any other way
-    gets an ordinary gradient, which the engine refuses.
+    For example scaled embeddings, position tables with an offset, Falcon's linear layers. A weight that it
+    uses in any other way gets an ordinary gradient, which the engine refuses.
     """
 
-    def __init__(self, inner: Path, function: Any) -> None:
+    def __init__(self, inner: Path) -> None:
         super().__init__(inner.engine, inner.name, inner.module)
-        self._inner, self._function = inner, function
+        self._inner = inner
 
     def row_places(self) -> list[TrainableParameter]:
         """Those of the known layer."""
@@ -196,7 +238,9 @@ class SubclassPath(Path):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the subclass' own forward."""
-        with _InterceptedCall(self._inner, self._function):
+        inner = self._inner
+        is_dense = isinstance(inner, DensePath)
+        with _InterceptedProduct(inner) if is_dense else _InterceptedCall(inner, functional.embedding):
             return self._original(*args, **kwargs)
 
 
@@ -223,7 +267,7 @@ class _Recorder(torch.autograd.Function):
         ctx.path, ctx.record = path, record
         ctx.save_for_backward(*tensors[:num_kept])
         ctx.num_tensors = len(tensors)
-        return y.view_as(y)
+        return y.detach()  # not a view, which no operation in place may follow
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -291,7 +335,7 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
         if fast_norm is not None:
             paths.append(fast_norm)
             continue
-        if not Path(engine, name, module).parameters and not _is_adapter_with_parameters(module):
+        if not _is_adapter_with_parameters(module) and _all_owned_below(module):
             continue
         if (isinstance(module, nn.Linear) and _has_forward_of(module, nn.Linear)) or _is_transformers_conv1d(
             module
@@ -300,13 +344,11 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
         elif isinstance(module, nn.Embedding):
             _refuse_embedding_options(name, module)
             path = EmbeddingPath(engine, name, module)
-            paths.append(
-                path if _has_forward_of(module, nn.Embedding) else SubclassPath(path, functional.embedding)
-            )
+            paths.append(path if _has_forward_of(module, nn.Embedding) else SubclassPath(path))
         elif (spatial := conv_path(engine, name, module)) is not None:
             paths.append(spatial)
         elif isinstance(module, nn.Linear):
-            paths.append(SubclassPath(DensePath(engine, name, module), functional.linear))
+            paths.append(SubclassPath(DensePath(engine, name, module)))
         else:
             paths.append(FunctionalPath(engine, name, module))
             covered.append(name)
@@ -346,6 +388,21 @@ def _is_adapter_with_parameters(module: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return isinstance(module, BaseTunerLayer) and any(p.requires_grad for p in module.parameters())
+
+
+def _all_owned_below(module: nn.Module) -> bool:
+    """Whether a layer inside owns each trainable parameter too, as an output layer owns its head's bias.
+
+    Any other use of such a parameter gets an ordinary gradient, which the engine refuses.
+    """
+    own = {id(p) for p in module._parameters.values() if p is not None and p.requires_grad}
+    below = {
+        id(parameter)
+        for child in module.modules()
+        if child is not module
+        for parameter in child._parameters.values()
+    }
+    return own <= below
 
 
 def _has_forward_of(module: nn.Module, base: type[nn.Module]) -> bool:
