@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from securetune.errors import PrivacyError
+from securetune.privacy.per_sample.functional import FunctionalPath
 from securetune.privacy.per_sample.gradients import BatchGradients, TrainableParameter, _Uses, as_3d
 from securetune.privacy.per_sample.paths import find_paths
 from securetune.privacy.per_sample.self_check import check_against_autograd
@@ -62,9 +63,11 @@ class PerSampleGradients:
         self._recording = False
         self._proving: Tensor | None = None  # [B], bool: whose losses the running proof differentiates
         self._saw_gradient = False
+        self._looped_kinds: set[type[nn.Module]] = set()
         self._proven: set[tuple[bool, float]] = set()
         self._rows = 0
         self._batch_rows: int | None = None
+        self._nearest_rows: int | None = None
         self._written: set[int] = set()
         self._factored: dict[int, _Uses] = {}
         self._hooks = self._watch_batch_size()
@@ -137,7 +140,7 @@ class PerSampleGradients:
             if index not in self._written:
                 rows[:, start:stop] = 0.0
         factored, self._factored = self._factored, {}
-        self._batch_rows = None
+        self._batch_rows = self._nearest_rows = None
         index = None if unit_ids is None else _unit_index(unit_ids, self.device)
         return BatchGradients(self.parameters, rows, self._row_columns, factored, index)
 
@@ -191,6 +194,11 @@ class PerSampleGradients:
     def batch_rows(self) -> int | None:
         """Number of samples in the running forward pass, where a module's arguments told."""
         return self._batch_rows
+
+    @property
+    def nearest_rows(self) -> int | None:
+        """Number of rows that the innermost watched module got: windows of images, where it splits them."""
+        return self._nearest_rows
 
     def place_of(self, parameter: nn.Parameter) -> TrainableParameter | None:
         """Return the place of a parameter, None for a frozen one."""
@@ -258,6 +266,19 @@ class PerSampleGradients:
                     "weight gradient, so nothing would be trained. Give the losses [B] to the private step's "
                     "backward; for gradients of inputs use torch.autograd.grad(loss, inputs)."
                 )
+
+    def warn_of_loop(self, name: str, module: nn.Module, reason: str) -> None:
+        """Say once for each kind of layer that it is differentiated one sample after another."""
+        kind = type(module)
+        if kind not in self._looped_kinds:
+            self._looped_kinds.add(kind)
+            _logger.warning(
+                "layer %s and others of its kind (%s) run once for each sample, which is slow, since they "
+                "can't be vectorised: %s",
+                name,
+                kind.__name__,
+                reason,
+            )
 
     def _prove_isolation(self, losses: Tensor) -> None:
         """Prove that no sample's loss reaches another's rows, in extra passes over the first batch.
@@ -355,30 +376,39 @@ class PerSampleGradients:
 
         Position ids often come as ``[1, T]``, one row for all samples; the lookup is then done per sample.
         """
-        above: dict[str, nn.Module] = {}
         modules = dict(self.model.named_modules())
+        above_embeddings: set[str] = {""}
+        above: set[str] = {""}
         for path in self.paths:
             parts = path.name.split(".")
+            names = {name for i in range(len(parts)) if (name := ".".join(parts[:i])) in modules}
             if isinstance(path.module, nn.Embedding):
-                above |= {
-                    name: modules[name] for i in range(len(parts)) if (name := ".".join(parts[:i])) in modules
-                }
+                above_embeddings |= names
+            if isinstance(path.module, nn.Embedding) or isinstance(path, FunctionalPath):
+                above |= names
+        modules[""] = self.model
 
-        above[""] = self.model
-        root = id(self.model)
+        def watch(name: str) -> Any:
+            is_root, tells_samples = name == "", name in above_embeddings
 
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not torch.is_grad_enabled():
-                return
-            named = [kwargs[key] for key in _BATCH_ARGUMENTS if isinstance(kwargs.get(key), Tensor)]
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            rows = next((value.shape[0] for value in [*named, *tensors] if value.ndim >= 2), None)
-            # inner modules may be called with one row for all samples, which tells nothing
-            if rows is not None and (named or id(module) == root or rows > 1):
-                self._batch_rows = rows
+            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if not torch.is_grad_enabled():
+                    if is_root:  # an evaluation, of another number of rows
+                        self._nearest_rows = None
+                    return
+                named = [kwargs[key] for key in _BATCH_ARGUMENTS if isinstance(kwargs.get(key), Tensor)]
+                tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+                rows = next((value.shape[0] for value in [*named, *tensors] if value.ndim >= 2), None)
+                # inner modules may be called with one row for all samples, which tells nothing
+                if rows is not None and (named or is_root or rows > 1):
+                    self._nearest_rows = rows
+                    if tells_samples:
+                        self._batch_rows = rows
 
-        untraced: Any = torch.compiler.disable(note)
-        return [module.register_forward_pre_hook(untraced, with_kwargs=True) for module in above.values()]
+            untraced: Any = torch.compiler.disable(note)
+            return modules[name].register_forward_pre_hook(untraced, with_kwargs=True)
+
+        return [watch(name) for name in sorted(above)]
 
 
 def _not_by_sample(name: str, found: int, samples: int) -> PrivacyError:

@@ -192,6 +192,10 @@ class _InterceptedCall(TorchFunctionMode):
             and self._is_layers_own_call(args, kwargs)
         ):
             return self.path.run(args[0] if args else kwargs["input"])
+        if func is Tensor.__getitem__ and args[0] is self.path.module.weight:
+            ids = _looked_up(args[0].shape[0], args[1], args[0].device)
+            if ids is not None and self.function is functional.embedding:
+                return self.path.run(ids)
         return func(*args, **kwargs)
 
     def _is_layers_own_call(self, args: Any, kwargs: Any) -> bool:
@@ -199,6 +203,15 @@ class _InterceptedCall(TorchFunctionMode):
         given = args[2] if len(args) > 2 else kwargs.get("bias", kwargs.get("padding_idx"))
         module = self.path.module
         return given is module.bias if self.function is functional.linear else given == module.padding_idx
+
+
+def _looked_up(count: int, index: Any, device: torch.device) -> Tensor | None:
+    """Ids ``[B, T]`` or ``[1, T]`` of the rows that an index of a table picks, None for any other index."""
+    if isinstance(index, slice):
+        index = torch.arange(count, device=device)[index]
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
+        return None
+    return index[None] if index.ndim == 1 else index
 
 
 class _InterceptedProduct(_InterceptedCall):
@@ -258,20 +271,41 @@ def recorded(path: Path, y: Tensor, record: Callable[..., None], *kept: Tensor) 
     Returns:
         A tensor equal to ``y``.
     """
-    return _Recorder.apply(y, path, record, len(kept), *kept, *path.parameters)
+    (y,) = recorded_all(path, [y], lambda g, *kept: record(g[0], *kept), *kept)
+    return y
+
+
+def recorded_all(
+    path: Path, outputs: Sequence[Tensor], record: Callable[..., None], *kept: Tensor
+) -> Sequence[Tensor]:
+    """Do for several outputs what :func:`recorded` does for one.
+
+    Args:
+        path: As in :func:`recorded`.
+        outputs: The layer's outputs.
+        record: Called once as ``record(grads, *kept)``; the gradient of an output that was not used is None.
+        *kept: As in :func:`recorded`.
+
+    Returns:
+        Tensors equal to ``outputs``.
+    """
+    return _Recorder.apply(path, record, len(outputs), len(kept), *outputs, *kept, *path.parameters)
 
 
 class _Recorder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, path: Path, record: Any, num_kept: int, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, path: Path, record: Any, num_outputs: int, num_kept: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.path, ctx.record = path, record
-        ctx.save_for_backward(*tensors[:num_kept])
-        ctx.num_tensors = len(tensors)
-        return y.detach()  # not a view, which no operation in place may follow
+        ctx.save_for_backward(*tensors[num_outputs : num_outputs + num_kept])
+        ctx.num_others = len(tensors) - num_outputs
+        ctx.set_materialize_grads(False)
+        # not views, which no operation in place may follow
+        return tuple(y.detach() for y in tensors[:num_outputs])
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grad_outputs
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         engine = ctx.path.engine
         if torch.is_grad_enabled():
             raise PrivacyError(
@@ -280,12 +314,15 @@ class _Recorder(torch.autograd.Function):
                 "layer."
             )
         if engine.is_proving:
-            engine.refuse_coupled(g, ctx.path.name)
+            for g in grad_outputs:
+                if g is not None:
+                    engine.refuse_coupled(g, ctx.path.name)
         elif engine.is_recording:
-            ctx.record(g, *(kept.detach() for kept in ctx.saved_tensors))
+            if any(g is not None for g in grad_outputs):
+                ctx.record(grad_outputs, *(kept.detach() for kept in ctx.saved_tensors))
         else:
             engine.refuse_plain_backward(ctx.path.parameters)
-        return g, *[None] * (3 + ctx.num_tensors)
+        return None, None, None, None, *grad_outputs, *[None] * ctx.num_others
 
 
 def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
@@ -302,7 +339,7 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
         PrivacyError: If a module couples samples or has no exact path.
     """
     from securetune.privacy.per_sample.conv import conv_path
-    from securetune.privacy.per_sample.functional import FunctionalPath, PromptPath
+    from securetune.privacy.per_sample.functional import FunctionalPath, PromptPath, position_bias_path
     from securetune.privacy.per_sample.lora import LoraPath, is_plain_lora
     from securetune.privacy.per_sample.moe import ExpertsPath, routed_path
     from securetune.privacy.per_sample.norms import norm_path
@@ -317,6 +354,10 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
             prefix = f"{name}.prompt_encoder" if name else "prompt_encoder"
             paths.append(PromptPath(engine, prefix, module))
             covered.append(prefix)
+        position_bias = position_bias_path(engine, name, module)
+        if position_bias is not None:
+            paths.append(position_bias)
+            covered.append(position_bias.name)
         if _is_unlike_its_class(module):
             paths.append(FunctionalPath(engine, name, module))
             covered.append(name)
@@ -337,9 +378,10 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
             continue
         if not _is_adapter_with_parameters(module) and _all_owned_below(module):
             continue
-        if (isinstance(module, nn.Linear) and _has_forward_of(module, nn.Linear)) or _is_transformers_conv1d(
-            module
-        ):
+        if _is_adapter_with_parameters(module):
+            paths.append(FunctionalPath(engine, name, module))
+            covered.append(name)
+        elif _is_dense(module):
             paths.append(DensePath(engine, name, module))
         elif isinstance(module, nn.Embedding):
             _refuse_embedding_options(name, module)
@@ -375,10 +417,12 @@ def _has_trainable_prompt(module: nn.Module) -> bool:
     if not any(parameter.requires_grad for parameter in module.prompt_encoder.parameters()):
         return False
     kind = module.active_peft_config.peft_type
+    if kind == PeftType.PREFIX_TUNING:  # its encoder runs with one row per sample
+        return False
     if kind not in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
         raise PrivacyError(
-            f"{getattr(kind, 'value', kind)} has no exact per-sample path. Use LoRA, IA3, prompt tuning or "
-            "p-tuning instead."
+            f"{getattr(kind, 'value', kind)} has no exact per-sample path. Use LoRA, IA3, prefix tuning, "
+            "prompt tuning or p-tuning instead."
         )
     return True
 
@@ -388,6 +432,11 @@ def _is_adapter_with_parameters(module: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return isinstance(module, BaseTunerLayer) and any(p.requires_grad for p in module.parameters())
+
+
+def _is_dense(module: nn.Module) -> bool:
+    is_linear = isinstance(module, nn.Linear) and _has_forward_of(module, nn.Linear)
+    return is_linear or _is_transformers_conv1d(module)
 
 
 def _all_owned_below(module: nn.Module) -> bool:

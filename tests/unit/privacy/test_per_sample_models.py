@@ -184,7 +184,6 @@ def adapter_config(kind: str, family: str) -> peft.PeftConfig:
         "vera": lambda: peft.VeraConfig(r=3, target_modules=target["some"][:1]),
         "prompt tuning": lambda: peft.PromptTuningConfig(**task, num_virtual_tokens=4),
         "p-tuning": lambda: peft.PromptEncoderConfig(**task, num_virtual_tokens=4, encoder_hidden_size=8),
-        "prefix tuning": lambda: peft.PrefixTuningConfig(**task, num_virtual_tokens=4),
     }[kind]()
 
 
@@ -200,6 +199,11 @@ def prompted_losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=ids).logits
     kept = logits[:, logits.shape[1] - ids.shape[1] : -1]
     return functional.cross_entropy(kept.transpose(1, 2), ids[:, 1:], reduction="none").mean(dim=1)
+
+
+def prefixed_losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids).logits[:, :-1]
+    return functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(dim=1)
 
 
 class TestAdapters:
@@ -220,9 +224,15 @@ class TestAdapters:
         engine = assert_exact(adapted(family, kind), some_ids(), prompted_losses)
         assert isinstance(engine.paths[0], PromptPath)
 
-    def test_prefix_tuning_is_refused_by_name(self):
-        with pytest.raises(PrivacyError, match="PREFIX_TUNING"):
-            PerSampleGradients(adapted("llama", "prefix tuning"))
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    @pytest.mark.parametrize("has_projection", [True, False])
+    def test_prefixes(self, family, has_projection):
+        config = peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=has_projection,
+            encoder_hidden_size=8,
+        )  # fmt: skip
+        model = peft.get_peft_model(make(family), config).double().train()
+        assert_exact(random_parameters(model, std=0.1), some_ids(), prefixed_losses)
 
     @pytest.mark.parametrize("kind", ["dora", "ia3", "vera"])
     def test_others_under_autocast(self, kind):

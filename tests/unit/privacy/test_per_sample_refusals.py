@@ -148,18 +148,41 @@ class TestModules:
 
         refused(using(Row(), use), randn(4, 4, 6), "differs from that in the batch|Mismatch")
 
-    def test_recurrent_layer(self):
-        refused_at = using(nn.GRU(6, 3, batch_first=True), lambda layer, x: layer(x)[0])
-        engine = PerSampleGradients(refused_at)
-        assert engine.num_params
-        with pytest.raises(PrivacyError, match=r"GRU.* returns a tuple"):
-            refused_at(randn(4, 5, 6))
+    def test_last_state_of_a_recurrent_layer(self):
+        model = using(nn.GRU(6, 3, batch_first=True), lambda layer, x: layer(x)[1][-1])
+        refused(model, randn(4, 5, 6), "saw 1 rows where the batch has 4 samples")
 
-    def test_attention_of_torch(self):
-        model = using(nn.MultiheadAttention(6, 2, batch_first=True), lambda layer, x: layer(x, x, x)[0])
-        PerSampleGradients(model)
-        with pytest.raises(PrivacyError, match=r"MultiheadAttention.* returns a tuple"):
-            model(randn(4, 5, 6))
+    def test_attention_of_torch_that_is_not_batch_first(self):
+        def use(layer, x):
+            x = x.transpose(0, 1)
+            return layer(x, x, x)[0].transpose(0, 1)
+
+        refused(using(nn.MultiheadAttention(6, 2), use), randn(4, 5, 6), "saw 5 rows|can't be run")
+
+    def test_random_operation_that_is_no_ordinary_dropout(self):
+        class Own(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(6))
+
+            def forward(self, x):
+                return self.scale * x * torch.empty_like(x).bernoulli_(0.9)
+
+        refused(using(Own(), lambda layer, x: layer(x)), randn(4, 5, 6), "random operation")
+
+    @pytest.mark.parametrize("vectorises", [True, False])
+    def test_random_operation_where_samples_run_one_after_another(self, vectorises):
+        class Own(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(6))
+
+            def forward(self, x):
+                if not vectorises and x.sum() > 1e9:
+                    return x
+                return functional.feature_alpha_dropout(self.scale * x, 0.1, training=True)
+
+        refused(using(Own(), lambda layer, x: layer(x)), randn(4, 5, 6), "random operation")
 
     def test_part_of_the_attention_of_torch(self):
         model = using(nn.MultiheadAttention(6, 2, batch_first=True), lambda layer, x: layer(x, x, x)[0])
