@@ -365,7 +365,9 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
         routed = routed_path(engine, name, module)
         if routed is not None:
             paths.append(routed)
-            if isinstance(routed, ExpertsPath) and routed.has_adapters:
+            if isinstance(routed, FunctionalPath) or (
+                isinstance(routed, ExpertsPath) and routed.has_adapters
+            ):
                 covered.append(name)
             continue
         if is_plain_lora(name, module):

@@ -240,11 +240,17 @@ class TestAdapters:
             torch.testing.assert_close(losses, next_token_losses(model, ids), rtol=1e-12, atol=0.0)
 
     def test_adapted_parameter_of_another_layer_is_refused(self):
-        config = LoraConfig(r=2, target_modules=[], target_parameters=["gate.weight"])
-        model = get_peft_model(moe_model("mixtral"), config)
-        with pytest.raises(
-            PrivacyError, match=r"gate has an adapter of its parameter weight.*target_modules"
-        ):
+        class Blocks(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.blocks = nn.Parameter(torch.ones(3, 4, 4))
+
+            def forward(self, x):
+                return torch.einsum("epd,bd->bp", self.blocks, x)
+
+        config = LoraConfig(r=2, target_modules=[], target_parameters=["0.blocks"])
+        model = get_peft_model(nn.Sequential(Blocks()), config)
+        with pytest.raises(PrivacyError, match=r"has an adapter of its parameter blocks.*target_modules"):
             PerSampleGradients(model)
 
     def test_trained_bias_beside_an_adapter_has_a_gradient(self):
@@ -328,3 +334,17 @@ def test_routed_norms_equal_the_gradients_written_out(tokens, slots_per_token):
     norms = routed_squared_norms(a, g, expert)
     torch.testing.assert_close(norms, written.flatten(1).square().sum(1), rtol=1e-12, atol=0.0)
     assert {index for index, _, _ in by_expert(a, g, expert)} == set(expert.flatten().tolist())
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
+def test_all_linear_adapts_routers_too(family):
+    model, ids = moe_model(family), some_ids()
+    lora = LoraConfig(r=3, target_modules="all-linear")
+    model = get_peft_model(model, lora, autocast_adapter_dtype=False).double().train()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, dtype=torch.float64)
+    expected = oracle(copy.deepcopy(model), ids)
+    engine = PerSampleGradients(model)
+    assert any(".gate.lora_A" in name for name in engine.parameter_names())
+    assert relative_error(engine.backward(next_token_losses(model, ids)).materialize(), expected) < 1e-10
