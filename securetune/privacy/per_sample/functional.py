@@ -126,9 +126,10 @@ class FunctionalPath(Path):
         by_sample = [engine.by_sample(g, self.name) for g in outputs]
         rows = by_sample[0].shape[0]
         is_flat = given > rows
-        is_split = [
-            not is_shared and rows > 1 and bool(value.ndim) and value.shape[0] == given for value in values
-        ]
+        firsts = [value.shape[0] if value.ndim and rows > 1 and not is_shared else 0 for value in values]
+        is_split = [first in (given, rows) for first in firsts]
+        # a router may get [B, T, d] and return [B T, k]
+        is_whole = [first == rows for first in firsts]  # else the sample's rows of [B T, ...]
         split = [
             engine.by_sample(value, self.name) if here else value
             for value, here in zip(values, is_split, strict=True)
@@ -144,16 +145,15 @@ class FunctionalPath(Path):
             g_rows: list[Tensor], value_rows: list[Tensor]
         ) -> tuple[dict[str, Tensor], list[Tensor]]:
             own = [
-                row.unsqueeze(0) if here and not is_flat else row
-                for row, here in zip(value_rows, is_split, strict=True)
+                row.unsqueeze(0) if whole else row for row, whole in zip(value_rows, is_whole, strict=True)
             ]
             found, pullback, *_ = vjp(lambda params: pick(call(params, own)), parameters)
             return pullback(g_rows)[0], found
 
         def one_alone(row: int) -> tuple[dict[str, Tensor], list[Tensor]]:
             own = [
-                (value[row] if is_flat else value[row : row + 1]) if here else value
-                for value, here in zip(split, is_split, strict=True)
+                (value[row : row + 1] if whole else value[row]) if here else value
+                for value, here, whole in zip(split, is_split, is_whole, strict=True)
             ]
             leaves = {name: parameter.detach().requires_grad_(True) for name, parameter in named.items()}
             found = pick(call(leaves, own))

@@ -336,8 +336,12 @@ def test_routed_norms_equal_the_gradients_written_out(tokens, slots_per_token):
     assert {index for index, _, _ in by_expert(a, g, expert)} == set(expert.flatten().tolist())
 
 
-@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
-def test_all_linear_adapts_routers_too(family):
+# DeepSeek routes in float32
+@pytest.mark.parametrize(
+    ("family", "tolerance"),
+    [("olmoe", 1e-10), ("mixtral", 1e-10), ("qwen3_moe", 1e-10), ("deepseek_v3", 1e-6)],
+)
+def test_all_linear_adapts_routers_too(family, tolerance):
     model, ids = moe_model(family), some_ids()
     lora = LoraConfig(r=3, target_modules="all-linear")
     model = get_peft_model(model, lora, autocast_adapter_dtype=False).double().train()
@@ -347,4 +351,4 @@ def test_all_linear_adapts_routers_too(family):
     expected = oracle(copy.deepcopy(model), ids)
     engine = PerSampleGradients(model)
     assert any(".gate.lora_A" in name for name in engine.parameter_names())
-    assert relative_error(engine.backward(next_token_losses(model, ids)).materialize(), expected) < 1e-10
+    assert relative_error(engine.backward(next_token_losses(model, ids)).materialize(), expected) < tolerance
