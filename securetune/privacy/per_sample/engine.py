@@ -147,8 +147,9 @@ class PerSampleGradients:
     def check(self, losses_of: Callable[[list[int]], Tensor], batch_size: int) -> float:
         """Compare a small batch with ordinary autograd, parameter by parameter, and with each sample alone.
 
-        Run it on public examples of unequal length. Adapters hold random values meanwhile: a fresh LoRA has
-        ``B = 0``, and with it a gradient of ``A`` that is zero whether right or wrong.
+        Run it on public examples of unequal length. Trainable parameters that are all zero hold random values
+        meanwhile: a fresh adapter has some (``B`` of LoRA), and with them other gradients that are zero
+        whether right or wrong.
 
         Args:
             losses_of: Called with a list of row indices, returns their losses ``[len(rows)]`` from a fresh

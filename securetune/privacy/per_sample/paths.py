@@ -348,6 +348,7 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
     covered: list[str] = []  # prefixes of modules that are handled as a whole
     for name, module in model.named_modules():
         _refuse_coupling(name, module)
+        _refuse_merged_adapter(name, module)
         if any(name == prefix or not prefix or name.startswith(f"{prefix}.") for prefix in covered):
             continue
         if _has_trainable_prompt(module):
@@ -476,6 +477,17 @@ def _refuse_coupling(name: str, module: nn.Module) -> None:
         raise PrivacyError(
             f"layer {name} is a {type(module).__name__} with track_running_stats, which keeps averages of "
             "private samples that no noise protects. Build it with track_running_stats=False."
+        )
+
+
+def _refuse_merged_adapter(name: str, module: nn.Module) -> None:
+    from peft.tuners.lora.layer import MultiheadAttention
+
+    if isinstance(module, MultiheadAttention) and any(p.requires_grad for p in module.parameters()):
+        raise PrivacyError(
+            f"layer {name} is an adapter of nn.MultiheadAttention, which peft merges into the weights and "
+            "takes out again in each forward pass, so that no layer computes with it. Leave it out of "
+            "target_modules (exclude_modules), or train its own weights, which have an exact path."
         )
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -183,6 +184,12 @@ class TestModules:
                 return functional.feature_alpha_dropout(self.scale * x, 0.1, training=True)
 
         refused(using(Own(), lambda layer, x: layer(x)), randn(4, 5, 6), "random operation")
+
+    def test_adapter_of_the_attention_of_torch(self):
+        model = using(nn.MultiheadAttention(6, 2, batch_first=True), lambda layer, x: layer(x, x, x)[0])
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["layer"]))
+        with pytest.raises(PrivacyError, match=r"layer base_model.model.layer is an adapter of nn.Multihead"):
+            PerSampleGradients(model)
 
     def test_part_of_the_attention_of_torch(self):
         model = using(nn.MultiheadAttention(6, 2, batch_first=True), lambda layer, x: layer(x, x, x)[0])
