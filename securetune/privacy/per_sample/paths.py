@@ -307,6 +307,8 @@ class _Recorder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         engine = ctx.path.engine
+        # always taken, since non-reentrant checkpointing holds what it recomputed until then
+        kept = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise PrivacyError(
                 f"layer {ctx.path.name} has no exact per-sample path through a second derivative "
@@ -318,8 +320,8 @@ class _Recorder(torch.autograd.Function):
                 if g is not None:
                     engine.refuse_coupled(g, ctx.path.name)
         elif engine.is_recording:
-            if any(g is not None for g in grad_outputs):
-                ctx.record(grad_outputs, *(kept.detach() for kept in ctx.saved_tensors))
+            if any(g is not None for g in grad_outputs) and not engine.has_all_of(ctx.path):
+                ctx.record(grad_outputs, *(tensor.detach() for tensor in kept))
         else:
             engine.refuse_plain_backward(ctx.path.parameters)
         return None, None, None, None, *grad_outputs, *[None] * ctx.num_others
