@@ -425,6 +425,12 @@ class PerSampleGradients:
             PrivacyError: If the number of rows is not a multiple of the number of samples, or a sample's loss
                 reaches another sample's rows.
         """
+        if tensor.ndim == 0:
+            raise PrivacyError(
+                f"the loss uses an output of layer {name} that has no batch dimension, so its gradient can't "
+                "be split by sample: a balance loss or another mean over the batch. Leave it out of the loss "
+                "or freeze the layer."
+            )
         if tensor.shape[0] == 0 or tensor.shape[0] % self._rows:
             raise _not_by_sample(name, tensor.shape[0], self._rows)
         if tensor.shape[0] > self._rows:

@@ -62,8 +62,10 @@ class FunctionalPath(Path):
             y = self._functional(_detach(named), args, kwargs)
         outputs, output_spec = tree_flatten(y)
         watched = [i for i, leaf in enumerate(outputs) if _is_differentiable(leaf)]
-        if not watched:
-            raise self._not_splittable(f"it returns a {type(y).__name__} without a floating-point tensor")
+        opaque = [leaf for leaf in outputs if not isinstance(leaf, Tensor | bool | int | float | str | None)]
+        if not watched or opaque:  # a gradient could pass through what can't be seen into
+            kind = type(opaque[0] if opaque else y).__name__
+            raise self._not_splittable(f"it returns a {kind}, not tensors that could be watched")
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -120,10 +122,10 @@ class FunctionalPath(Path):
         engine = self.engine
         used = [i for i, g in enumerate(grads) if g is not None]
         outputs = [g for g in grads if g is not None]
+        by_sample = [engine.by_sample(g, self.name) for g in outputs]
         given = outputs[0].shape[0]
         if any(g.shape[0] != given for g in outputs):
             raise self._not_splittable("its outputs have different first dimensions")
-        by_sample = [engine.by_sample(g, self.name) for g in outputs]
         rows = by_sample[0].shape[0]
         is_flat = given > rows
         firsts = [value.shape[0] if value.ndim and rows > 1 and not is_shared else 0 for value in values]
@@ -408,7 +410,7 @@ def _random_states() -> list[Tensor]:
 
 
 def _is_differentiable(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 0
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def _random_layer(path: FunctionalPath) -> PrivacyError:

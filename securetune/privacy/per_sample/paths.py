@@ -341,6 +341,7 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
         PrivacyError: If a module couples samples or has no exact path.
     """
     from securetune.privacy.per_sample.conv import conv_path
+    from securetune.privacy.per_sample.disentangled import disentangled_path, table_path
     from securetune.privacy.per_sample.functional import FunctionalPath, PromptPath, position_bias_path
     from securetune.privacy.per_sample.lora import LoraPath, is_plain_lora
     from securetune.privacy.per_sample.moe import ExpertsPath, routed_path
@@ -361,6 +362,13 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
         if position_bias is not None:
             paths.append(position_bias)
             covered.append(position_bias.name)
+        table = table_path(engine, name, module)
+        if table is not None:
+            paths.append(table)
+            covered += table.prefixes
+        disentangled = disentangled_path(engine, name, module, paths)
+        if disentangled is not None:
+            paths.append(disentangled)
         if _is_unlike_its_class(module):
             paths.append(FunctionalPath(engine, name, module))
             covered.append(name)

@@ -365,3 +365,78 @@ class TestDropoutInAModuleRunAgain:
                 losses = (model(x) + 0.3).square().sum(dim=(1, 2))
                 rows = [torch.autograd.grad(loss, model[0].scale, retain_graph=True)[0] for loss in losses]
             torch.testing.assert_close(found, torch.stack(rows), rtol=1e-12, atol=0.0)
+
+
+class TestDisentangledAttention:
+    @staticmethod
+    def config(**options):
+        defaults = {
+            "relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm",
+            "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False,
+            "pooler_hidden_size": 16,
+        }  # fmt: skip
+        return transformers.DebertaV2Config(**_BERT, **defaults | options)
+
+    @pytest.mark.parametrize("mode", ["full", "lora"])
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"norm_rel_ebd": "none", "share_att_key": False}, {"pos_att_type": ["c2p"]}],
+        ids=["v3", "own keys of positions", "one direction"],
+    )
+    def test_deberta(self, mode, options):
+        model = build(transformers.AutoModelForSequenceClassification, self.config(**options), mode)
+        assert_exact(model, padded_ids(), losses)
+
+    @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_under_gradient_checkpointing(self, use_reentrant):
+        def checkpointed(model):
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
+            )
+            return model
+
+        model = build(transformers.AutoModelForSequenceClassification, self.config())
+        assert_exact(model, padded_ids(), losses, wrap=checkpointed)
+
+    def test_dropout_of_the_table(self):
+        model = build(transformers.AutoModelForSequenceClassification, self.config())
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.3
+        engine = PerSampleGradients(model)
+        torch.manual_seed(4)
+        found = engine.backward(losses(model, padded_ids())).materialize()
+        with engine.ordinary_autograd():
+            torch.manual_seed(4)
+            values = losses(model, padded_ids())
+            parameters = list(model.parameters())
+            rows = [torch.autograd.grad(value, parameters, retain_graph=True) for value in values]
+        expected = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+        assert float((found - expected).norm() / expected.norm()) < 1e-12
+
+    def test_first_deberta_with_adapters(self):
+        config = transformers.DebertaConfig(
+            **_BERT, relative_attention=True, pos_att_type=["p2c", "c2p"], pooler_hidden_size=16
+        )
+        model = build(transformers.AutoModelForSequenceClassification, config, "lora")
+        assert_exact(model, padded_ids(), losses)
+
+    def test_first_deberta_in_full_is_refused_by_name(self):
+        config = transformers.DebertaConfig(
+            **_BERT, relative_attention=True, pos_att_type=["p2c", "c2p"], pooler_hidden_size=16
+        )
+        model = build(transformers.AutoModelForSequenceClassification, config)
+        engine = PerSampleGradients(model)
+        with pytest.raises(PrivacyError, match=r"rel_embeddings\.weight got an ordinary gradient"):
+            engine.backward(losses(model, padded_ids()))
+        engine.detach()
+        model.deberta.encoder.rel_embeddings.requires_grad_(False)
+        assert_exact(model, padded_ids(), losses)
+
+    def test_table_used_elsewhere_is_refused_by_name(self):
+        model = build(transformers.AutoModelForSequenceClassification, self.config())
+        engine = PerSampleGradients(model)
+        values = losses(model, padded_ids()) + model.deberta.encoder.get_rel_embedding().square().sum()
+        with pytest.raises(PrivacyError, match=r"saw|is used outside of disentangled attention"):
+            engine.backward(values)

@@ -160,6 +160,38 @@ class TestModules:
 
         refused(using(nn.MultiheadAttention(6, 2), use), randn(4, 5, 6), "saw 5 rows|can't be run")
 
+    @pytest.mark.parametrize("batch", [1, 4])
+    def test_output_without_a_batch_dimension(self, batch):
+        class Balanced(SharedMask):
+            def forward(self, x):
+                y = x * self.weight
+                return y, y.square().mean()
+
+        def losses(model, x):
+            y, balance = model.layer(x)
+            return y.flatten(1).sum(dim=1) + balance
+
+        model = using(Balanced(), lambda layer, x: layer(x))
+        refused(model, randn(batch, 5, 6), "no batch dimension", losses)
+        unused = using(Balanced(), lambda layer, x: layer(x)[0])
+        truth = one_by_one(copy.deepcopy(unused), randn(batch, 5, 6))
+        found = PerSampleGradients(unused).backward(square_losses(unused, randn(batch, 5, 6))).materialize()
+        assert relative_error(found, truth) < 1e-12
+
+    def test_output_that_hides_its_tensors(self):
+        class Box:
+            def __init__(self, y) -> None:
+                self.y = y
+
+        class Boxed(SharedMask):
+            def forward(self, x):
+                return x, Box(x * self.weight)
+
+        model = using(Boxed(), lambda layer, x: layer(x)[1].y)
+        PerSampleGradients(model)
+        with pytest.raises(PrivacyError, match=r"Boxed.* returns a Box"):
+            model(randn(4, 5, 6))
+
     def test_random_operation_that_is_no_ordinary_dropout(self):
         class Own(nn.Module):
             def __init__(self) -> None:
