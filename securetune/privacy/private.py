@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -295,6 +295,7 @@ def make_private(
     steps: int | None = None,
     epochs: float | None = None,
     noise: NoiseSource | None = None,
+    passes: Literal[1, 2] = 1,
 ) -> PrivateTraining:
     """Calibrate the noise and make a training loop's model, optimizer and records private.
 
@@ -315,6 +316,8 @@ def make_private(
         steps: Number of steps, >= 1. In its place:
         epochs: Expected number of times that a record is taken; ``round(epochs / sample_rate)`` steps.
         noise: The noise; with a fixed key, for tests, no epsilon is reported. By default a new secret key.
+        passes: 2 trades time for memory in training in full under gradient checkpointing, see
+            :class:`PerSampleGradients`.
 
     Returns:
         The run; its ``plan`` says what it will cost.
@@ -340,7 +343,7 @@ def make_private(
         assert epochs is not None
         steps = max(1, round(epochs / sampler.sample_rate))
     noise = noise or NoiseSource()
-    grads = PerSampleGradients(model)
+    grads = PerSampleGradients(model, passes=passes)
     try:
         clipping = max_grad_norm if isinstance(max_grad_norm, Clipping) else FlatClipping(max_grad_norm)
         clipping.assign(grads.parameter_names())

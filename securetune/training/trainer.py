@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,8 @@ class PrivateTrainer(Trainer):
         clipping: In the place of flat clipping to ``args.max_grad_norm``.
         ledger: File that counts the steps; ``ledger.jsonl`` in ``args.output_dir`` when None.
         noise: For tests, as in :func:`~securetune.privacy.private.make_private`.
+        passes: Backward passes of each micro-batch: 2 trades time for memory in training in full under
+            gradient checkpointing, see :class:`~securetune.privacy.per_sample.PerSampleGradients`.
         public_eval_dataset: What ``Trainer`` calls ``eval_dataset``. Its metrics are logged and may choose
             the best checkpoint or end the run, so it must hold public records only.
         **options: Further arguments of ``Trainer``.
@@ -126,6 +128,7 @@ class PrivateTrainer(Trainer):
         clipping: Clipping | None = None,
         ledger: str | os.PathLike[str] | None = None,
         noise: NoiseSource | None = None,
+        passes: Literal[1, 2] = 1,
         public_eval_dataset: Any = None,
         **options: Any,
     ) -> None:
@@ -144,6 +147,7 @@ class PrivateTrainer(Trainer):
             "sample_rate": sample_rate,
             "sampler": sampler,
             "noise": noise,
+            "passes": passes,
         }
         self.private: PrivateTraining | None = None
         self.private_loss: float | None = None

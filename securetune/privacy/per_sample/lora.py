@@ -107,7 +107,7 @@ class _LinearWithAdapter(torch.autograd.Function):
         y.view(-1, y.shape[-1]).addmm_(h, b.t(), alpha=path.layer.scaling)
         ctx.save_for_backward(x, h, weight, a, b)
         ctx.path = path
-        return y
+        return y.detach()  # not a view, which no operation in place may follow
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,6 +173,8 @@ def is_plain_lora(name: str, module: nn.Module) -> bool:
     if not adapters or adapters[0] in getattr(module, "lora_variant", {}):
         return False
     a, b = module.lora_A[adapters[0]], module.lora_B[adapters[0]]
+    if not isinstance(a, nn.Module):  # AdaLoRA's are no layers
+        return False
     is_trained = a.weight.requires_grad or b.weight.requires_grad
     return bool(is_trained) and isinstance(a, nn.Linear) and b.bias is None
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from securetune.errors import PrivacyError
+from securetune.privacy.per_sample.functional import FunctionalPath
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d, by_expert
 from securetune.privacy.per_sample.paths import Path, _detached, _sum_positions, recorded, sum_rows
 
@@ -255,6 +256,8 @@ def routed_path(engine: "PerSampleGradients", name: str, module: nn.Module) -> P
         path = ExpertsPath(engine, name, module, _adapters(name, module))
         _refuse_unrecorded(path)
         return path
+    if isinstance(module, ParamWrapper) and getattr(base, module.parameter_name).ndim == 2:
+        return FunctionalPath(engine, name, module)  # a router's, which peft's "all-linear" adapts
     if isinstance(module, ParamWrapper):
         raise PrivacyError(
             f"layer {name} has an adapter of its parameter {module.parameter_name} (target_parameters), "

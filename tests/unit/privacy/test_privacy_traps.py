@@ -16,7 +16,8 @@ trap  what goes wrong elsewhere                    tests
 6     position ids given once for all samples      here; per_sample_layers::TestEmbedding::test_repeated*
 7     gradient checkpointing                       here; per_sample_models::TestCheckpointing
 8     torch.compile                                per_sample_models::TestCompile
-9     dropout masks differ between passes          here; privacy/per_sample::test_dropout*; training/dropout
+9     dropout masks differ between passes          here; privacy/per_sample::test_dropout*,
+                                                   per_sample_two_passes; training/dropout
 10    a divisor counted over the batch             here; training/trainer::test_loss_with_a_divisor*
 11    a sample without supervised tokens           here; models/task::test_a_batch_without_supervised*
 12    mean or sum over the batch                   here
@@ -235,16 +236,25 @@ def test_trap_09_dropout_has_one_mask_for_output_and_gradient():
     assert relative_error(engine.backward(square_losses(model, x)).materialize(), expected) < 1e-12
 
 
-def test_trap_09_layer_that_would_run_twice_with_dropout_is_refused():
-    model = nn.Sequential(Scale(6), nn.Dropout(0.5))
-    engine = PerSampleGradients(model)
-    assert engine.backward(square_losses(model, torch.randn(3, 6))).num_samples == 3
-
+def test_trap_09_layer_that_runs_twice_uses_its_mask_again_or_is_refused():
     class Inside(Scale):
         def forward(self, x):
             return functional.dropout(x * self.weight, 0.5)
 
-    model = nn.Sequential(Inside(6))
+    class Anew(Scale):
+        def forward(self, x):
+            return x * self.weight * torch.empty_like(x).bernoulli_(0.5)
+
+    model, x = nn.Sequential(Inside(6)), torch.randn(3, 6)
+    torch.manual_seed(7)
+    losses = square_losses(model, x)
+    rows = [torch.autograd.grad(loss, model[0].weight, retain_graph=True)[0] for loss in losses]
+    engine = PerSampleGradients(model)
+    torch.manual_seed(7)
+    found = engine.backward(square_losses(model, x)).materialize()
+    torch.testing.assert_close(found, torch.stack(rows))
+
+    model = nn.Sequential(Anew(6))
     engine = PerSampleGradients(model)
     with pytest.raises(PrivacyError, match="random"):
         engine.backward(square_losses(model, torch.randn(3, 6)))

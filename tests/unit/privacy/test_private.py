@@ -103,8 +103,9 @@ def test_without_clipping_and_noise_it_is_the_plain_loop(tmp_path, make_optimize
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 100])
-def test_step_is_the_clipped_sum_over_the_sample_for_any_micro_batch_size(tmp_path, micro_batch_size):
+def test_step_is_the_clipped_sum_over_the_sample_for_any_micro_batch_size(tmp_path, micro_batch_size, passes):
     model, data, clip = tiny_net(), records(), 0.3
     drawn = PoissonSampler(N, 0.5, KEY).draw(0)
     expected = [torch.zeros_like(p) for p in model.parameters()]
@@ -118,7 +119,7 @@ def test_step_is_the_clipped_sum_over_the_sample_for_any_micro_batch_size(tmp_pa
     before = [p.detach().clone() for p in model.parameters()]
     private = private_run(
         tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0), steps=1, max_grad_norm=clip,
-        sample_rate=None, sampler=PoissonSampler(N, 0.5, KEY), noise=NoNoise(),
+        sample_rate=None, sampler=PoissonSampler(N, 0.5, KEY), noise=NoNoise(), passes=passes,
     )  # fmt: skip
     train(private, model, micro_batch_size=micro_batch_size)
     for old, new, total in zip(before, model.parameters(), expected, strict=True):

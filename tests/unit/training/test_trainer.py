@@ -384,7 +384,8 @@ def test_collator_for_language_modelling_trains_on_all_tokens(tmp_path):
     torch.testing.assert_close(before - flat(model), expected / 4, rtol=1e-5, atol=1e-9)
 
 
-def test_classifier_in_full_with_padding_collator(tmp_path):
+@pytest.mark.parametrize(("passes", "checkpointing"), [(1, False), (2, False), (2, True)])
+def test_classifier_in_full_with_padding_collator(tmp_path, passes, checkpointing):
     torch.manual_seed(0)
     model = BertForSequenceClassification(
         BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -392,8 +393,9 @@ def test_classifier_in_full_with_padding_collator(tmp_path):
     )  # fmt: skip
     rows = [{"input_ids": row["input_ids"], "labels": index % 2} for index, row in enumerate(ROWS)]
     args = arguments(
-        tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.1
-    )
+        tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
+        max_grad_norm=0.1, gradient_checkpointing=checkpointing,
+    )  # fmt: skip
     expected, before = torch.zeros_like(flat(model)), flat(model)
     for row in rows:
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits
@@ -404,7 +406,7 @@ def test_classifier_in_full_with_padding_collator(tmp_path):
         expected += grad * min(1.0, 0.1 / float(grad.norm()))
     trainer_for(
         tmp_path, model, args, train_dataset=rows, sample_rate=1.0, target_epsilon=50.0, noise=NoNoise(),
-        data_collator=DataCollatorWithPadding(tiny_tokenizer()),
+        data_collator=DataCollatorWithPadding(tiny_tokenizer()), passes=passes,
     ).train()  # fmt: skip
     torch.testing.assert_close(before - flat(model), expected / 4, rtol=2e-3, atol=1e-6)
 
