@@ -240,8 +240,8 @@ class PrivateTraining:
         moved = sorted(name for name in now if now[name] != self._buffers.get(name))
         if moved:
             raise PrivacyError(
-                f"buffer {moved[0]} changed in this step, and {len(moved) - 1} others. What a forward pass on "
-                "private records writes into the model has no noise and would be saved with it. Put the "
+                f"buffer {moved[0]} changed in this step, and {len(moved) - 1} others. What a forward pass "
+                "on private records writes into the model has no noise and would be saved with it. Put the "
                 "module that keeps such statistics into evaluation mode, or replace it."
             )
 

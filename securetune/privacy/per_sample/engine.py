@@ -49,6 +49,7 @@ class PerSampleGradients:
         self.model = model
         self.parameters = _trainable_parameters(model)
         self._place = {id(place.parameter): place for place in self.parameters}
+        self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.paths = find_paths(model, self)
         self.num_params = self.parameters[-1].stop
         first = self.parameters[0].parameter
@@ -124,6 +125,7 @@ class PerSampleGradients:
             raise PrivacyError(f"unit_ids has {len(unit_ids)} entries for {len(losses)} losses.")
         self._start(len(losses))
         if self._rows:
+            self._refuse_unfrozen()
             self._refuse_leftover_gradients("before the pass")
             self._recording = True
             try:
@@ -337,6 +339,15 @@ class PerSampleGradients:
                 f"{name}, so no sample's gradient is its own. Causes: batch statistics, in-batch negatives, "
                 "a balance loss of experts, or an input that is not batch-first. Remove the coupling or "
                 "freeze the layer."
+            )
+
+    def _refuse_unfrozen(self) -> None:
+        unfrozen = [name for name, parameter in self._frozen if parameter.requires_grad]
+        if unfrozen:
+            raise PrivacyError(
+                f"{unfrozen[0]} was unfrozen after PerSampleGradients was made, and {len(unfrozen) - 1} "
+                "others: it would train without clipping and without noise. Freeze it again, or unfreeze it "
+                "before."
             )
 
     def _refuse_leftover_gradients(self, when: str) -> None:
