@@ -224,8 +224,8 @@ class Ledger:
     Guarantees:
         When :meth:`charge` returns, the step is on disk; only then may its noise be released. So no released
         step is ever missing, a step that is repeated after a crash counts twice, and a line torn by a crash
-        counts as a step. At most ``planned_steps`` steps are ever charged, so epsilon never passes the
-        plan's: lost steps shorten the run.
+        counts as a step. A file that something else changed meanwhile is refused. At most ``planned_steps``
+        steps are ever charged, so epsilon never passes the plan's: lost steps shorten the run.
 
     Args:
         path: The ledger's file; made if there is none, continued if there is one.
@@ -249,6 +249,7 @@ class Ledger:
                 fsync_folder(self.path.parent)
             self._state = read_ledger(self.path)
             _refuse_other_header(self.path, self._state.header, header)
+            self._size = os.fstat(self._lock.fileno()).st_size
         except BaseException:
             self._lock.close()
             raise
@@ -310,7 +311,8 @@ class Ledger:
             The number of steps charged, this one included.
 
         Raises:
-            PrivacyError: If all planned steps are charged, or the ledger is closed; nothing is written then.
+            PrivacyError: If all planned steps are charged, the ledger is closed, or something else changed
+                the file; nothing is written then.
             OSError: If the line cannot be made durable; the noise must not be released.
         """
         self._refuse_if_closed()
@@ -334,7 +336,7 @@ class Ledger:
 
         Raises:
             ValueError: If ``epsilon`` is not a finite number > 0.
-            PrivacyError: If the ledger is closed.
+            PrivacyError: If the ledger is closed, or something else changed the file.
             OSError: If the line cannot be made durable; the release must not be drawn.
         """
         if not 0 < epsilon < math.inf:
@@ -346,7 +348,20 @@ class Ledger:
         return math.fsum(epsilons)
 
     def _append(self, entry: dict[str, float | int]) -> None:
+        self._refuse_if_changed()
         append_durable(self.path, canonical_json(entry).decode())
+        self._size = os.fstat(self._lock.fileno()).st_size
+
+    def _refuse_if_changed(self) -> None:
+        """The file must be as this writer left it: charges that others removed would be forgotten."""
+        own = os.fstat(self._lock.fileno())
+        found = os.stat(self.path) if self.path.exists() else None
+        if found is None or not os.path.samestat(found, own) or own.st_size != self._size:
+            raise PrivacyError(
+                f"the ledger {self.path} was removed, replaced or written to by something else while it was "
+                f"open, so its count is no longer the run's: {self.steps_charged} steps are charged. Restore "
+                "it to that number, or start a new run with a new ledger (its epsilon adds to this one's)."
+            )
 
     def _refuse_if_closed(self) -> None:
         if self._lock.closed:

@@ -51,6 +51,15 @@ _CHUNK_WORDS = 1 << 16  # 512 KiB of float64: stays in cache and bounds memory
 class Noise(Protocol):
     """Position-addressed Gaussian noise: independent (:class:`NoiseSource`) or correlated over steps."""
 
+    @property
+    def reportable_epsilon(self) -> bool:
+        """Whether an epsilon may be reported for what this noise hides."""
+        ...
+
+    def begin_run(self) -> None:
+        """Belong to one run from now on; see :meth:`NoiseSource.begin_run`."""
+        ...
+
     def normal(
         self,
         *,
@@ -88,6 +97,7 @@ class NoiseSource:
         self._key = secret_key(key)
         self._has_secret_key = key is None
         self._last_step = 0
+        self._has_run = False
 
     def __repr__(self) -> str:
         return f"NoiseSource(key={'<secret>' if self._has_secret_key else '<fixed, for tests>'})"
@@ -99,6 +109,16 @@ class NoiseSource:
     def reportable_epsilon(self) -> bool:
         """Whether an epsilon may be reported for what this source noised: false for a fixed test key."""
         return self._has_secret_key
+
+    def begin_run(self) -> None:
+        """Belong to one run from now on: it counts its steps from 0, and its addresses are its own.
+
+        Raises:
+            PrivacyError: If another run has begun with this source.
+        """
+        if self._has_run:
+            raise reused_noise("NoiseSource")
+        self._has_run = True
 
     def normal(
         self,
@@ -275,6 +295,21 @@ def secret_key(key: bytes | None) -> bytes:
     if len(key) != KEY_BYTES:
         raise ValueError(f"key must be {KEY_BYTES} bytes, got {len(key)}.")
     return key
+
+
+def reused_noise(name: str) -> PrivacyError:
+    """Explain why a second run gets no noise from the source of the first.
+
+    Args:
+        name: Its class.
+
+    Returns:
+        The error to raise.
+    """
+    return PrivacyError(
+        f"this {name} belongs to another run: its noise at step 0 would be used for two different sums and "
+        f"reveal their difference. Make a new {name} for each run."
+    )
 
 
 def check_step(step: int) -> None:

@@ -19,6 +19,7 @@ from securetune.errors import PrivacyError
 from securetune.privacy.clipping import Clipping, FlatClipping
 from securetune.privacy.fused_update import FusedUpdate, why_not_fused
 from securetune.privacy.ledger import LedgerState
+from securetune.privacy.matrix_factorization import CorrelatedNoise, MatrixMechanism, WholeRunCharge
 from securetune.privacy.noise import Noise
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.reduction import Reduction, SingleProcess, add_noise
@@ -115,8 +116,9 @@ class PrivateStep(OrdinaryStep):
             AdamW or SGD over ``[grads.flat_params]``. The result is the same up to rounding.
 
     Raises:
-        PrivacyError: If a value is out of its range, the ledger was opened for another noise multiplier, or
-            the optimizer owns other parameters than the trainable ones.
+        PrivacyError: If a value is out of its range, the ledger was opened for another noise multiplier or
+            charges for noise of another kind, the noise belongs to another run, or the optimizer owns other
+            parameters than the trainable ones.
     """
 
     def __init__(
@@ -141,10 +143,14 @@ class PrivateStep(OrdinaryStep):
                 f"the ledger charges steps of noise_multiplier {charged}, the step would add noise of "
                 f"{noise_multiplier}. Give both the plan's."
             )
+        _refuse_other_noise(noise, ledger)
         self.clipping = clipping
         self.noise_multiplier = noise_multiplier
         self._group_of = clipping.assign(grads.parameter_names())
         clipping.noise_stddev(noise_multiplier)  # refuses before anything is charged
+        if isinstance(ledger, WholeRunCharge):
+            ledger.begin_run()
+        noise.begin_run()
         self._noise = noise
         self._ledger = ledger
         self._reduction = reduction or SingleProcess()
@@ -264,6 +270,27 @@ class PrivateStep(OrdinaryStep):
                 "into one."
             )
         own.update(ids)
+
+
+def _refuse_other_noise(noise: Noise, ledger: Charges) -> None:
+    """What is charged must be what is drawn: noise of its own for each step, or one mechanism for all."""
+    if ledger.state.header.reportable_epsilon and not noise.reportable_epsilon:
+        raise PrivacyError(
+            "the noise has a fixed key, for tests, so everybody can subtract it, but the ledger reports an "
+            "epsilon. Make the noise without a key, or open the ledger with reportable_epsilon=False."
+        )
+    drawn = noise.mechanism if isinstance(noise, CorrelatedNoise) else None
+    charged = ledger.mechanism if isinstance(ledger, WholeRunCharge) else None
+    if drawn != charged:
+        raise PrivacyError(
+            f"the noise is {_kind(drawn)}, but the ledger charges for {_kind(charged)}, so epsilon would be "
+            "wrong. CorrelatedNoise goes with the WholeRunCharge of its own mechanism; a NoiseSource goes "
+            "with the Ledger itself, which charges each step."
+        )
+
+
+def _kind(mechanism: MatrixMechanism | None) -> str:
+    return "independent at each step" if mechanism is None else f"that of {mechanism}"
 
 
 def _refuse_other_parameters(grads: PerSampleGradients, optimizer: torch.optim.Optimizer) -> None:

@@ -69,6 +69,7 @@ class UserSampler:
                 "different ones. Give the sampler len(set(user_ids)) as num_records."
             )
         self._users = list(records.items())
+        self._num_records = len(user_ids)
         self._sampler = sampler
         self._max_records_per_user = max_records_per_user
         self._key = secret_key(key)
@@ -80,6 +81,11 @@ class UserSampler:
 
     def __reduce__(self) -> NoReturn:
         raise refuse_to_copy("UserSampler")
+
+    @property
+    def num_records(self) -> int:
+        """Number of records of all users."""
+        return self._num_records
 
     @property
     def sample_rate(self) -> float:
@@ -121,6 +127,14 @@ class UserSampler:
                 DrawnRecord(indices[number], user_id) for number in self._choose(user_id, indices, step)
             ]
         return drawn
+
+    def draw_next(self) -> list[DrawnRecord]:
+        """Draw records of a sample of users that no run drew before; see :meth:`Sampler.draw_next`.
+
+        Returns:
+            As :meth:`draw`.
+        """
+        return self.draw(self._sampler.begin_step())
 
     def phase(self, noise_multiplier: float, steps: int) -> Phase:
         """Describe steps on these samples to the accountant, with users as units.

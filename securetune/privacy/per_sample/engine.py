@@ -60,6 +60,7 @@ class PerSampleGradients:
         self.passes = passes
         self.parameters = _trainable_parameters(model)
         self._place = {id(place.parameter): place for place in self.parameters}
+        self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.paths = find_paths(model, self)
         self.num_params = self.parameters[-1].stop
         first = self.parameters[0].parameter
@@ -157,6 +158,7 @@ class PerSampleGradients:
 
     def _run(self, losses: Tensor, taker: Taker | None, *, retain_graph: bool = False) -> None:
         """Run one backward pass that records, with a proof before the first of its kind."""
+        self._refuse_unfrozen()
         self._refuse_leftover_gradients("before the pass")
         self._recording = True
         try:
@@ -449,6 +451,15 @@ class PerSampleGradients:
                 f"{name}, so no sample's gradient is its own. Causes: batch statistics, in-batch negatives, "
                 "a balance loss of experts, or an input that is not batch-first. Remove the coupling or "
                 "freeze the layer."
+            )
+
+    def _refuse_unfrozen(self) -> None:
+        unfrozen = [name for name, parameter in self._frozen if parameter.requires_grad]
+        if unfrozen:
+            raise PrivacyError(
+                f"{unfrozen[0]} was unfrozen after PerSampleGradients was made, and {len(unfrozen) - 1} "
+                "others: it would train without clipping and without noise. Freeze it again, or unfreeze it "
+                "before."
             )
 
     def _refuse_leftover_gradients(self, when: str) -> None:
