@@ -104,6 +104,35 @@ class DataConfig(Section):
         return [f" {label}" for label in self.labels] if self.label_words is None else list(self.label_words)
 
 
+class ClippingConfig(Section):
+    """How each record's gradient is bounded.
+
+    In every mode a record adds at most `privacy.max_grad_norm` to the sum, in L2 norm: the sensitivity.
+    """
+
+    mode: Literal["flat", "per_layer", "groups", "automatic", "normalized", "adaptive"] = "flat"
+    """`flat`: the whole gradient is scaled to at most `max_grad_norm`. `per_layer`: each of n layers to at
+    most max_grad_norm / sqrt(n). `groups`: groups of parameters that you name. `automatic`: every gradient is
+    multiplied by max_grad_norm / (its norm + `stability`). `normalized`: every gradient gets the norm
+    `max_grad_norm`. `adaptive`: the threshold starts at `max_grad_norm` and follows a quantile of the norms;
+    learning it is part of the budget."""
+    groups: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """For `groups`: the weight of each name pattern, such as `"*.q_proj.*": 2.0`. Each trainable parameter
+    must match exactly one pattern. Thresholds are in proportion to the weights, and their squares add up to
+    that of `max_grad_norm`."""
+    stability: float = Field(default=0.01, gt=0)
+    """For `automatic`: added to each norm."""
+    target_quantile: Fraction = 0.5
+    """For `adaptive`: the share of records that shall keep their length."""
+    threshold_learning_rate: float = Field(default=0.2, gt=0)
+    """For `adaptive`: how fast the logarithm of the threshold moves."""
+    count_noise_multiplier: float | None = Field(default=None, gt=0)
+    """For `adaptive`: noise on the count of records that kept their length; it must be above the run's noise
+    multiplier. Null: a tenth of `expected_batch_size`, or 5 times the run's if that is more."""
+    per_layer: bool = False
+    """For `adaptive`: a threshold for each layer instead of one for all."""
+
+
 class PrivacyConfig(Section):
     """Differential privacy of the training. The unit is one record: adding or removing it changes little."""
 
@@ -115,7 +144,9 @@ class PrivacyConfig(Section):
     delta: float = Field(gt=0, lt=1)
     """Probability that the epsilon bound fails; at most one over the number of records."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Each record's gradient is scaled to at most this L2 norm."""
+    """Most that one record adds to the summed gradient, as an L2 norm: the clipping threshold."""
+    clipping: ClippingConfig = Field(default_factory=ClippingConfig)
+    """How each record's gradient is bounded."""
     expected_batch_size: int = Field(ge=1)
     """Records per step on average. A constant of the recipe, never counted from the private data."""
     sample_rate: float = Field(gt=0, le=1)

@@ -134,6 +134,7 @@ def _privacy(recipe: Recipe, plan: Plan, state: LedgerState) -> PrivacyStatement
         steps_planned=header.planned_steps,
         steps_charged=state.steps_charged,
         max_grad_norm=header.max_grad_norm,
+        clipping=header.clipping_statement,
         max_true_positive_rate_at_1pct_fpr=max_true_positive_rate(epsilon, header.delta, 0.01),
         max_true_positive_rate_at_1pct_fpr_pld=max_true_positive_rate_of_run([state.phase], 0.01),
         release_epsilon=sum(state.release_epsilons) or None,

@@ -129,6 +129,7 @@ class PrivacyStatement(_Part):
         steps_planned: Steps the noise was calibrated for.
         steps_charged: Steps in the ledger, repeated ones counted each time.
         max_grad_norm: Clipping threshold.
+        clipping: How each unit's gradient is bounded, as a sentence, with the sensitivity.
         max_true_positive_rate_at_1pct_fpr: The highest true-positive rate at 1 % false positives that any
             membership attack can have under (epsilon, delta).
         max_true_positive_rate_at_1pct_fpr_pld: The same, from the whole privacy loss distribution: tighter.
@@ -150,6 +151,7 @@ class PrivacyStatement(_Part):
     steps_planned: int = Field(gt=0)
     steps_charged: int = Field(ge=0)
     max_grad_norm: float = Field(gt=0)
+    clipping: str = ""
     max_true_positive_rate_at_1pct_fpr: float = Field(ge=0, le=1)
     max_true_positive_rate_at_1pct_fpr_pld: float | None = Field(default=None, ge=0, le=1)
     release_epsilon: float | None = Field(default=None, gt=0)

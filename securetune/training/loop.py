@@ -15,7 +15,6 @@ from securetune.data.collate import Batch, collate, length_buckets
 from securetune.data.encode import Example
 from securetune.errors import MachineError
 from securetune.models.task import ClassifyHead, GenerateHead
-from securetune.privacy.clipping import FlatClipping
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.sampling import Sampler
 from securetune.privacy.step import OrdinaryStep, PrivateStep
@@ -34,8 +33,8 @@ class StepResult:
             smoothing and dropout where there are any; None if none was drawn.
         num_samples: Samples drawn.
         num_tokens: Tokens, padding included.
-        clipped_fraction: Share of samples whose gradient was longer than the clipping norm; None without
-            clipping.
+        clipped_fraction: Share of units whose gradient was shortened, the mean over the groups of parameters
+            that are clipped apart; None without clipping or without samples.
         seconds: Wall-clock time.
     """
 
@@ -139,25 +138,22 @@ class Trainer:
         started = time.monotonic()
         drawn = [self._examples[index] for index in self._sampler.draw(number)]
         losses: list[Tensor] = []
-        num_tokens = num_clipped = 0
+        num_tokens = 0
         for bucket in length_buckets(drawn, self._micro_batch_tokens):
             batch = collate([drawn[index] for index in bucket]).to(self._device)
             num_tokens += batch.input_ids.numel()
             with _out_of_memory_advice(), self._masks(batch, number):
                 micro_losses = self._losses(batch, number)
-                norms = self._step.accumulate(micro_losses)
+                self._step.accumulate(micro_losses)
             losses.append(micro_losses.detach())
-            if isinstance(self._step, PrivateStep) and isinstance(self._step.clipping, FlatClipping):
-                num_clipped += int((norms > self._step.clipping.max_grad_norm).sum())
         self._step.finish()
         mean_loss = float(torch.cat(losses).mean()) if losses else None
-        is_private = isinstance(self._step, PrivateStep)
         return StepResult(
             step=number,
             loss=mean_loss if mean_loss is not None and math.isfinite(mean_loss) else None,
             num_samples=len(drawn),
             num_tokens=num_tokens,
-            clipped_fraction=num_clipped / len(drawn) if drawn and is_private else None,
+            clipped_fraction=_clipped_fraction(self._step),
             seconds=time.monotonic() - started,
         )
 
@@ -228,6 +224,12 @@ def activate_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_dropout" in name:
             module.train()
+
+
+def _clipped_fraction(step: OrdinaryStep) -> float | None:
+    fractions = step.clipping.clipped_fraction if isinstance(step, PrivateStep) else None
+    known = [fraction for fraction in fractions or () if not math.isnan(fraction)]
+    return sum(known) / len(known) if known else None
 
 
 @contextlib.contextmanager

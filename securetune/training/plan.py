@@ -10,7 +10,9 @@ import torch
 from securetune.config.schema import Recipe
 from securetune.files import write_atomic
 from securetune.privacy.accounting import UNIT_STATEMENT, PrivacyPlan, PrivacySpec, plan_privacy
+from securetune.privacy.ledger import LedgerHeader
 from securetune.training.folder import NOT_COVERED, RunFolder
+from securetune.training.mechanism import gradient_noise_multiplier, make_clipping
 from securetune.training.stopping import num_checks
 
 if TYPE_CHECKING:
@@ -64,8 +66,13 @@ class Plan:
         privacy = None
         if self.privacy is not None:
             spec = asdict(self.privacy.spec)
+            header = self._header()
             privacy = {
                 **spec,
+                "clipping": {"mode": header.clipping, **header.clipping_settings},
+                "clipping_statement": header.clipping_statement,
+                "sensitivity": spec["max_grad_norm"],
+                "gradient_noise_multiplier": self._gradient_noise_multiplier(),
                 "unit": UNIT_STATEMENT,
                 "neighbouring_relation": f"{self.privacy.spec.sampling.neighbouring_relation} record",
                 "accountant": self.privacy.accountant,
@@ -99,6 +106,30 @@ class Plan:
             table.add_row(label, text)
         return Group(table)
 
+    def _header(self) -> LedgerHeader:
+        """What the ledger will say; only its clipping is of interest here."""
+        assert self.privacy is not None
+        clipping = make_clipping(self.recipe, noise_multiplier=self.privacy.noise_multiplier)
+        return LedgerHeader.from_plan(
+            self.privacy, reportable_epsilon=True, unit=self.recipe.privacy.unit, clipping=clipping
+        )
+
+    def _gradient_noise_multiplier(self) -> float:
+        assert self.privacy is not None
+        return gradient_noise_multiplier(self.recipe, noise_multiplier=self.privacy.noise_multiplier)
+
+    def _noise(self) -> str:
+        assert self.privacy is not None
+        text = (
+            f"sigma {self.privacy.noise_multiplier:.4f} x clipping norm {self.privacy.spec.max_grad_norm:g}"
+        )
+        if self.recipe.privacy.clipping.mode != "adaptive":
+            return text
+        return (
+            f"{text} is charged for each step; learning the threshold takes its part, so the gradient's "
+            f"sigma is {self._gradient_noise_multiplier():.4f}"
+        )
+
     def _early_stopping(self) -> str | None:
         settings = self.recipe.training.early_stopping
         if settings.method == "none":
@@ -127,7 +158,8 @@ class Plan:
                     + ("" if plan.rdp_epsilon is None else f" (RDP cross-check {plan.rdp_epsilon:.2f})"),
                 ),
                 ("Gaussian DP", f"mu at most {plan.gdp_mu:.3f}, from the whole privacy curve"),
-                ("noise", f"sigma {plan.noise_multiplier:.4f} x clipping norm {spec.max_grad_norm:g}"),
+                ("clipping", self._header().clipping_statement),
+                ("noise", self._noise()),
                 (
                     "steps",
                     f"{spec.steps}, expected batch {spec.expected_batch_size}, sample rate "
@@ -170,6 +202,8 @@ def make_plan(
         MachineError: If the model is not here.
     """
     privacy = plan_privacy(privacy_spec(recipe)) if recipe.privacy.enabled else None
+    if privacy is not None:
+        gradient_noise_multiplier(recipe, noise_multiplier=privacy.noise_multiplier)  # refuses early
     if base is None:
         from securetune.models.base import load_base
 

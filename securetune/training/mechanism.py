@@ -1,0 +1,139 @@
+"""A recipe's private mechanism: what bounds each unit's gradient, how much noise hides it, who counts."""
+
+import math
+
+import torch
+
+from securetune.config.schema import Recipe
+from securetune.privacy.accounting import PrivacyPlan
+from securetune.privacy.adaptive_clipping import AdaptiveClipping
+from securetune.privacy.clipping import (
+    AutomaticClipping,
+    Clipping,
+    FlatClipping,
+    GroupClipping,
+    NormalizedClipping,
+    PerLayerClipping,
+)
+from securetune.privacy.ledger import Ledger, LedgerHeader
+from securetune.privacy.noise import NoiseSource
+from securetune.privacy.per_sample import PerSampleGradients
+from securetune.privacy.sampling import PoissonSampler
+from securetune.privacy.step import PrivateStep
+from securetune.training.folder import RunFolder
+
+_COUNT_NOISE_OF_BATCH = 10  # the choice of Andrew et al. 2021 for one threshold
+_COUNT_NOISE_OF_RUN = 5  # the gradient's noise then grows by 2 %
+
+
+def make_clipping(recipe: Recipe, *, noise_multiplier: float) -> Clipping:
+    """Make the recipe's clipping, not yet bound to parameters.
+
+    Args:
+        recipe: The recipe.
+        noise_multiplier: The calibrated noise of the whole step, in which adaptive thresholds have a part.
+
+    Returns:
+        The clipping; its sensitivity, at first, is ``privacy.max_grad_norm``.
+
+    Raises:
+        PrivacyError: If a threshold is out of range.
+    """
+    privacy, settings = recipe.privacy, recipe.privacy.clipping
+    norm = privacy.max_grad_norm
+    match settings.mode:
+        case "flat":
+            return FlatClipping(norm)
+        case "per_layer":
+            return PerLayerClipping(norm)
+        case "groups":
+            whole = math.hypot(*settings.groups.values())
+            return GroupClipping(
+                {pattern: norm * weight / whole for pattern, weight in settings.groups.items()}
+            )
+        case "automatic":
+            return AutomaticClipping(norm, settings.stability)
+        case "normalized":
+            return NormalizedClipping(norm)
+        case "adaptive":
+            count_noise = settings.count_noise_multiplier
+            if count_noise is None:
+                of_batch = privacy.expected_batch_size / _COUNT_NOISE_OF_BATCH
+                count_noise = max(of_batch, _COUNT_NOISE_OF_RUN * noise_multiplier)
+            return AdaptiveClipping(
+                norm,
+                settings.target_quantile,
+                learning_rate=settings.threshold_learning_rate,
+                count_noise_multiplier=count_noise,
+                expected_batch_size=privacy.expected_batch_size,
+                per_layer=settings.per_layer,
+            )
+
+
+def gradient_noise_multiplier(recipe: Recipe, *, noise_multiplier: float) -> float:
+    """Say how much of the run's noise multiplier is left for the gradient once adaptive thresholds are paid.
+
+    Args:
+        recipe: The recipe.
+        noise_multiplier: The calibrated noise of the whole step.
+
+    Returns:
+        Noise standard deviation over sensitivity, for the gradient sum; more than ``noise_multiplier`` where
+        thresholds are adaptive, since both releases together must cost what is charged.
+
+    Raises:
+        PrivacyError: If the count of clipped units would cost the whole step.
+    """
+    if recipe.privacy.clipping.mode != "adaptive":
+        return noise_multiplier
+    clipping = make_clipping(recipe, noise_multiplier=noise_multiplier)
+    clipping.assign(["any"])
+    return clipping.noise_stddev(noise_multiplier) / clipping.sensitivity
+
+
+def make_private_step(
+    recipe: Recipe,
+    run: RunFolder,
+    plan: PrivacyPlan,
+    grads: PerSampleGradients,
+    optimizer: torch.optim.Optimizer,
+    sampler: PoissonSampler,
+) -> tuple[Ledger, PrivateStep]:
+    """Open the run's ledger and make the step that is charged to it.
+
+    Args:
+        recipe: The recipe.
+        run: The run's folder.
+        plan: The calibrated mechanism.
+        grads: Per-sample gradients of the trainable parameters.
+        optimizer: Over those parameters.
+        sampler: Draws the units of each step.
+
+    Returns:
+        The open ledger, and the step.
+
+    Raises:
+        PrivacyError: If the ledger is another run's, or the parameters do not fit the clipping.
+    """
+    noise = NoiseSource()
+    reportable = noise.reportable_epsilon and sampler.reportable_epsilon
+    clipping = make_clipping(recipe, noise_multiplier=plan.noise_multiplier)
+    clipping.assign(grads.parameter_names())  # refuses before there is a ledger
+    header = LedgerHeader.from_plan(
+        plan, reportable_epsilon=reportable, unit=recipe.privacy.unit, sampler=sampler, clipping=clipping
+    )
+    ledger = Ledger(run.ledger, header)
+    try:
+        step = PrivateStep(
+            grads,
+            optimizer,
+            clipping=clipping,
+            noise_multiplier=plan.noise_multiplier,
+            expected_batch_size=recipe.privacy.expected_batch_size,
+            noise=noise,
+            ledger=ledger,
+        )
+    except BaseException:
+        ledger.close()
+        raise
+    return ledger, step
