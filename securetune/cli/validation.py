@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from securetune.config.schema import Recipe
-from securetune.config.size import require_enough_records, size_warning
+from securetune.config.size import require_enough_records, require_places, size_warning
 from securetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def check_data(recipe: Recipe, *, with_lengths: bool = True) -> Iterator[str]:
             "raise data.held_out_fraction"
         )
     require_enough_records(recipe, num_training)
+    require_places(recipe, num_training)
     if warning := size_warning(recipe, num_training):
         yield f"warning   {warning}"
     if with_lengths:

@@ -1,5 +1,6 @@
 """Rules between options of the section ``privacy``, and between them and the rest of a recipe."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ Problem = tuple[str, str]
 Rule = tuple[tuple[str, ...], Callable[..., Iterator[Problem]]]
 """The sections that a rule needs, and the rule."""
 
+_RATE_TOLERANCE = 0.01  # of a rate that somebody typed; the accountant takes the exact one
+
 _CLIPPING_MODES = {
     "groups": "groups",
     "stability": "automatic",
@@ -23,12 +26,16 @@ _CLIPPING_MODES = {
 
 
 def _delta(privacy: "PrivacyConfig") -> Iterator[Problem]:
-    largest = 1 / privacy.expected_records
+    largest = 1 / privacy.most_records
     if privacy.enabled and privacy.delta > largest:
         yield (
             "privacy.delta",
             f"must be at most 1/N = {largest:.3g}, got {privacy.delta:g}. "
-            f"N = expected_batch_size / sample_rate = {privacy.expected_records:,.0f} records.",
+            + (
+                f"N = num_units = {privacy.num_units:,}."
+                if privacy.most_records > privacy.expected_records
+                else f"N = expected_batch_size / sample_rate = {privacy.expected_records:,.0f} records."
+            ),
         )
 
 
@@ -55,7 +62,53 @@ def _clipping(privacy: "PrivacyConfig") -> Iterator[Problem]:
         )
 
 
+def _sampling(privacy: "PrivacyConfig") -> Iterator[Problem]:
+    kind, num_units, largest = privacy.sampling, privacy.num_units, privacy.max_batch_size
+    batch = privacy.expected_batch_size
+    if kind == "poisson" and num_units is not None:
+        yield (
+            "privacy.num_units",
+            "has no effect with sampling = 'poisson', where the number of records is private. Remove it.",
+        )
+    if kind != "poisson" and num_units is None:
+        yield (
+            "privacy.num_units",
+            f"required for sampling = {kind!r}: a public constant, at least the number of training records "
+            "(what is left once some are held out). Set it, with room to spare.",
+        )
+    if kind != "truncated_poisson" and largest is not None:
+        yield (
+            "privacy.max_batch_size",
+            f"has no effect with sampling = {kind!r}. Remove it, or set sampling to 'truncated_poisson'.",
+        )
+    if kind == "truncated_poisson" and largest is None:
+        yield (
+            "privacy.max_batch_size",
+            "required for sampling = 'truncated_poisson': the most records in one step, such as "
+            f"{batch + 4 * math.isqrt(batch) + 1}.",
+        )
+    if kind == "truncated_poisson" and largest is not None and largest < batch:
+        yield (
+            "privacy.max_batch_size",
+            f"must be at least expected_batch_size ({batch}), got {largest}: most steps would be cut.",
+        )
+    if num_units is not None and num_units < max(batch, largest or 0):
+        yield (
+            "privacy.num_units",
+            f"must be at least the largest batch ({max(batch, largest or 0)}), got {num_units}.",
+        )
+    elif kind == "fixed_size" and num_units is not None:
+        rate = batch / num_units
+        if not math.isclose(privacy.sample_rate, rate, rel_tol=_RATE_TOLERANCE):
+            yield (
+                "privacy.sample_rate",
+                f"must be expected_batch_size / num_units = {rate:.4g} with sampling = 'fixed_size', got "
+                f"{privacy.sample_rate:g}.",
+            )
+
+
 PRIVACY_RULES: list[Rule] = [
     (("privacy",), _delta),
+    (("privacy",), _sampling),
     (("privacy",), _clipping),
 ]

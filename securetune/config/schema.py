@@ -150,7 +150,17 @@ class PrivacyConfig(Section):
     expected_batch_size: int = Field(ge=1)
     """Records per step on average. A constant of the recipe, never counted from the private data."""
     sample_rate: float = Field(gt=0, le=1)
-    """Probability of each record to be in a step, independently. A constant of the recipe."""
+    """Probability of each record to be in a step. A constant of the recipe."""
+    sampling: Literal["poisson", "truncated_poisson", "fixed_size"] = "poisson"
+    """How the records of a step are drawn, in secret. `poisson`: each independently; epsilon is for adding or
+    removing one. `truncated_poisson`: the same, and at most `max_batch_size` of them; for zeroing one out.
+    `fixed_size`: always `expected_batch_size` of `num_units` places; for replacing one, which costs several
+    times the epsilon. The last two need a public `num_units`."""
+    num_units: int | None = Field(default=None, ge=1)
+    """Places for training records, a public constant that epsilon depends on: at least as many as there are.
+    How many of the places stay empty is private. Not for `poisson`, where the number is private."""
+    max_batch_size: int | None = Field(default=None, ge=1)
+    """For `truncated_poisson`: most records in one step."""
     steps: int = Field(ge=1)
     """Training steps. The budget is planned for exactly this many."""
     unit: Literal["record"] = "record"
@@ -160,6 +170,11 @@ class PrivacyConfig(Section):
     def expected_records(self) -> float:
         """The number of training records that the recipe's constants imply."""
         return self.expected_batch_size / self.sample_rate
+
+    @property
+    def most_records(self) -> float:
+        """The same, or ``num_units`` if that is more."""
+        return max(self.expected_records, self.num_units or 0)
 
 
 class LoraConfig(Section):

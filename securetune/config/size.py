@@ -24,6 +24,24 @@ def require_enough_records(recipe: Recipe, num_training: int) -> None:
         )
 
 
+def require_places(recipe: Recipe, num_training: int) -> None:
+    """Refuse more records than the public number of places that epsilon was computed for.
+
+    Args:
+        recipe: The recipe.
+        num_training: Training records, duplicates and held-out records taken off.
+
+    Raises:
+        DataError: If there are more than ``privacy.num_units``.
+    """
+    places = recipe.privacy.num_units
+    if places is not None and num_training > places:
+        raise DataError(
+            f"there are {num_training:,} training records, more than the privacy.num_units = {places:,} "
+            "places that epsilon is computed for. Raise it, with room to spare."
+        )
+
+
 def size_warning(recipe: Recipe, num_training: int) -> str | None:
     """Say if the recipe's constants are far from the data: privacy holds anyway, but batches differ.
 

@@ -1,9 +1,33 @@
 """What a plan, a ledger and a report say in words about how a private run bounds and hides each unit."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["clipping_statement"]
+if TYPE_CHECKING:
+    from securetune.privacy.ledger import LedgerHeader
+
+__all__ = ["clipping_statement", "sampling_statement"]
+
+
+def sampling_statement(header: "LedgerHeader") -> str:
+    """Say how the units of a step are chosen, under which neighbouring relation, and what that makes public.
+
+    Args:
+        header: The run's public constants.
+
+    Returns:
+        A sentence without a full stop.
+    """
+    unit = header.unit
+    limit = "" if header.max_batch_size is None else f", at most {header.max_batch_size:,} {unit}s a step"
+    if header.num_records is None:
+        size = f"the number of {unit}s is private"
+    else:
+        size = f"N = {header.num_records:,} is public: places for {unit}s, of which some may be empty"
+    return (
+        f"{header.sampler} sampling at rate {header.sample_rate:.6g}{limit}; "
+        f"{header.neighbouring_relation} {unit}; {size}"
+    )
 
 
 def clipping_statement(

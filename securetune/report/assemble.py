@@ -11,6 +11,7 @@ from securetune.errors import PrivacyError
 from securetune.evidence import GateResult
 from securetune.privacy.accounting import max_true_positive_rate, max_true_positive_rate_of_run
 from securetune.privacy.ledger import LedgerState, read_ledger
+from securetune.privacy.statements import sampling_statement
 from securetune.report.environment import describe_environment
 from securetune.report.summary import (
     AdversarialStatement,
@@ -124,6 +125,7 @@ def _privacy(recipe: Recipe, plan: Plan, state: LedgerState) -> PrivacyStatement
     return PrivacyStatement(
         neighbouring=f"{header.neighbouring_relation} {header.unit}",
         sampler=header.sampler,
+        sampling=sampling_statement(header),
         accountant=header.accountant,
         epsilon_target=recipe.privacy.target_epsilon,
         epsilon_spent=epsilon,

@@ -118,7 +118,9 @@ class PrivacyStatement(_Part):
     Attributes:
         unit: The privacy unit, as a sentence.
         neighbouring: The neighbouring relation.
-        sampler: How batches were drawn.
+        sampler: How batches were drawn, in a word.
+        sampling: The same as a sentence: rate, largest batch, neighbouring relation, and whether the number
+            of units is public.
         accountant: Name and version of what computed epsilon, such as ``dp-accounting 0.6.0, PLD``.
         epsilon_target: The epsilon the recipe asked for.
         epsilon_spent: The epsilon of the steps in the ledger.
@@ -141,6 +143,7 @@ class PrivacyStatement(_Part):
     unit: str = UNIT_STATEMENT
     neighbouring: str = "add or remove one record"
     sampler: str = "Poisson"
+    sampling: str = ""
     accountant: str
     epsilon_target: float = Field(gt=0)
     epsilon_spent: float = Field(ge=0)

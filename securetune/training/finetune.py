@@ -17,7 +17,6 @@ from securetune.models.base import BaseModel, load_base
 from securetune.models.task import ClassifyHead, GenerateHead
 from securetune.privacy.ledger import Ledger
 from securetune.privacy.per_sample import PerSampleGradients
-from securetune.privacy.sampling import PoissonSampler
 from securetune.privacy.step import OrdinaryStep
 from securetune.training.access import Access, forget
 from securetune.training.dropout import AdapterDropout
@@ -30,7 +29,7 @@ from securetune.training.loop import (
     check_gradients,
     make_optimizer,
 )
-from securetune.training.mechanism import make_clipping, make_private_step
+from securetune.training.mechanism import make_clipping, make_private_step, make_sampler
 from securetune.training.plan import Plan
 from securetune.training.prepare import PreparedData, probe_examples
 from securetune.training.progress import TrainingProgress
@@ -105,7 +104,7 @@ def fine_tune(
     saved = None
     if (state / "vault.json").is_file():
         saved = load_state(state, access, grads, optimizer, owner=owner, stopping=stopping)
-    sampler = PoissonSampler(len(data.train), recipe.privacy.sample_rate)
+    sampler = make_sampler(recipe, len(data.train))
     with contextlib.ExitStack() as stack:
         ledger, clipping, step = (
             None,

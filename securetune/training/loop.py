@@ -93,7 +93,7 @@ class Trainer:
     Args:
         head: The model with its adapters, and its task.
         step: Ordinary or private.
-        sampler: Draws each step's samples.
+        sampler: Draws each step's samples; positions behind the examples are empty places.
         examples: The training examples, one per privacy unit.
         micro_batch_tokens: Most tokens, padding included, in one pass.
         adversary: None trains on clean embeddings. Attacks run without dropout and label smoothing.
@@ -136,7 +136,8 @@ class Trainer:
             MachineError: If memory runs out; the step is then not charged.
         """
         started = time.monotonic()
-        drawn = [self._examples[index] for index in self._sampler.draw(number)]
+        places = self._sampler.draw(number)
+        drawn = [self._examples[place] for place in places if place < len(self._examples)]
         losses: list[Tensor] = []
         num_tokens = 0
         for bucket in length_buckets(drawn, self._micro_batch_tokens):

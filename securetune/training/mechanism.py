@@ -5,7 +5,8 @@ import math
 import torch
 
 from securetune.config.schema import Recipe
-from securetune.privacy.accounting import PrivacyPlan
+from securetune.config.size import require_places
+from securetune.privacy.accounting import PrivacyPlan, PrivacySpec
 from securetune.privacy.adaptive_clipping import AdaptiveClipping
 from securetune.privacy.clipping import (
     AutomaticClipping,
@@ -18,12 +19,68 @@ from securetune.privacy.clipping import (
 from securetune.privacy.ledger import Ledger, LedgerHeader
 from securetune.privacy.noise import NoiseSource
 from securetune.privacy.per_sample import PerSampleGradients
-from securetune.privacy.sampling import PoissonSampler
+from securetune.privacy.sampling import (
+    FixedSizeSampler,
+    PoissonSampler,
+    Sampler,
+    TruncatedPoissonSampler,
+)
 from securetune.privacy.step import PrivateStep
 from securetune.training.folder import RunFolder
 
 _COUNT_NOISE_OF_BATCH = 10  # the choice of Andrew et al. 2021 for one threshold
 _COUNT_NOISE_OF_RUN = 5  # the gradient's noise then grows by 2 %
+
+
+def make_sampler(recipe: Recipe, num_units: int) -> Sampler:
+    """Make the recipe's sampler, with a new secret key.
+
+    Where the accounting makes the number of units public, the sampler draws places instead, of which there
+    are ``privacy.num_units``: positions from ``num_units`` on are empty places, without gradient. So adding
+    or removing a unit is filling or emptying one place, and the true number stays private.
+
+    Args:
+        recipe: The recipe.
+        num_units: Units (records, or users) there are to train on.
+
+    Returns:
+        The sampler.
+
+    Raises:
+        DataError: If there are more units than places.
+    """
+    privacy = recipe.privacy
+    if privacy.num_units is None:
+        return PoissonSampler(num_units, privacy.sample_rate)
+    require_places(recipe, num_units)
+    if privacy.sampling == "fixed_size":
+        return FixedSizeSampler(privacy.num_units, privacy.expected_batch_size)
+    assert privacy.max_batch_size is not None
+    return TruncatedPoissonSampler(privacy.num_units, privacy.sample_rate, privacy.max_batch_size)
+
+
+def privacy_spec(recipe: Recipe) -> PrivacySpec:
+    """Take the privacy constants out of a recipe, those of sampling from the sampler that it asks for.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        What the accountant calibrates for.
+    """
+    settings = recipe.privacy
+    sampler = make_sampler(recipe, num_units=1)  # how many there are is in no public number
+    return PrivacySpec(
+        target_epsilon=settings.target_epsilon,
+        delta=settings.delta,
+        sample_rate=sampler.sample_rate,
+        steps=settings.steps,
+        max_grad_norm=settings.max_grad_norm,
+        expected_batch_size=settings.expected_batch_size,
+        sampler=sampler.sampling.kind,
+        num_records=sampler.sampling.num_records,
+        max_batch_size=sampler.sampling.max_batch_size,
+    )
 
 
 def make_clipping(recipe: Recipe, *, noise_multiplier: float) -> Clipping:
@@ -97,7 +154,7 @@ def make_private_step(
     plan: PrivacyPlan,
     grads: PerSampleGradients,
     optimizer: torch.optim.Optimizer,
-    sampler: PoissonSampler,
+    sampler: Sampler,
 ) -> tuple[Ledger, PrivateStep]:
     """Open the run's ledger and make the step that is charged to it.
 

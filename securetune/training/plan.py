@@ -9,10 +9,11 @@ import torch
 
 from securetune.config.schema import Recipe
 from securetune.files import write_atomic
-from securetune.privacy.accounting import UNIT_STATEMENT, PrivacyPlan, PrivacySpec, plan_privacy
+from securetune.privacy.accounting import UNIT_STATEMENT, PrivacyPlan, plan_privacy
 from securetune.privacy.ledger import LedgerHeader
+from securetune.privacy.statements import sampling_statement
 from securetune.training.folder import NOT_COVERED, RunFolder
-from securetune.training.mechanism import gradient_noise_multiplier, make_clipping
+from securetune.training.mechanism import gradient_noise_multiplier, make_clipping, privacy_spec
 from securetune.training.stopping import num_checks
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Plan:
                 "gradient_noise_multiplier": self._gradient_noise_multiplier(),
                 "unit": UNIT_STATEMENT,
                 "neighbouring_relation": f"{self.privacy.spec.sampling.neighbouring_relation} record",
+                "sampling_statement": sampling_statement(header),
                 "accountant": self.privacy.accountant,
                 "noise_multiplier": self.privacy.noise_multiplier,
                 "epsilon": self.privacy.epsilon,
@@ -147,11 +149,7 @@ class Plan:
             spec, plan = self.privacy.spec, self.privacy
             rows += [
                 ("privacy unit", UNIT_STATEMENT),
-                (
-                    "neighbours",
-                    f"{spec.sampling.neighbouring_relation} record; {spec.sampler} sampling; "
-                    f"{plan.accountant}",
-                ),
+                ("sampling", f"{sampling_statement(self._header())}; {plan.accountant}"),
                 (
                     "epsilon",
                     f"{plan.epsilon:.3f} of {spec.target_epsilon:g} at delta = {spec.delta:g}"
@@ -210,26 +208,6 @@ def make_plan(
         base = load_base(recipe.model)
     tokens = tokens_per_record or recipe.data.max_length / 2
     return Plan(recipe, privacy, _estimate(recipe, base, tokens))
-
-
-def privacy_spec(recipe: Recipe) -> PrivacySpec:
-    """Take the privacy constants out of a recipe.
-
-    Args:
-        recipe: The recipe.
-
-    Returns:
-        What the accountant calibrates for.
-    """
-    settings = recipe.privacy
-    return PrivacySpec(
-        target_epsilon=settings.target_epsilon,
-        delta=settings.delta,
-        sample_rate=settings.sample_rate,
-        steps=settings.steps,
-        max_grad_norm=settings.max_grad_norm,
-        expected_batch_size=settings.expected_batch_size,
-    )
 
 
 def _estimate(recipe: Recipe, base: "BaseModel", tokens: float) -> Estimate:

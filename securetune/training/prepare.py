@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from securetune.config.schema import Recipe
-from securetune.config.size import require_enough_records, size_warning
+from securetune.config.size import require_enough_records, require_places, size_warning
 from securetune.data.encode import Example, encode_records
 from securetune.data.records import Record
 from securetune.data.sources import load_records
@@ -76,6 +76,7 @@ def prepare_data(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizer
         unique.records, fraction=data.held_out_fraction, key=key, min_held_out=data.min_held_out
     )
     require_enough_records(recipe, len(split.train))
+    require_places(recipe, len(split.train))
     if warning := size_warning(recipe, len(split.train)):
         _logger.warning("%s", warning)
     held_out_records = _in_secret_order(split.held_out, key)

@@ -6,6 +6,11 @@ from securetune.errors import ConfigError
 from tests.sample_recipe import sample_recipe
 
 GROUPS = {"mode": "groups", "groups": {"*.q_proj.*": 2.0, "*.v_proj.*": 1.0}}
+TRUNCATED = {
+    "privacy.sampling": "truncated_poisson",
+    "privacy.num_units": 1000,
+    "privacy.max_batch_size": 56,
+}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +62,46 @@ GROUPS = {"mode": "groups", "groups": {"*.q_proj.*": 2.0, "*.v_proj.*": 1.0}}
             "must be > 0, got 0.0",
         ),
         (
+            {"privacy.num_units": 1000},
+            "privacy.num_units",
+            "has no effect with sampling = 'poisson', where the number of records is private. Remove it.",
+        ),
+        (
+            {"privacy.sampling": "fixed_size"},
+            "privacy.num_units",
+            "required for sampling = 'fixed_size': a public constant, at least the number of training",
+        ),
+        (
+            {"privacy.max_batch_size": 64},
+            "privacy.max_batch_size",
+            "has no effect with sampling = 'poisson'. Remove it, or set sampling to 'truncated_poisson'.",
+        ),
+        (
+            {"privacy.sampling": "truncated_poisson", "privacy.num_units": 1000},
+            "privacy.max_batch_size",
+            "required for sampling = 'truncated_poisson': the most records in one step, such as 53.",
+        ),
+        (
+            {**TRUNCATED, "privacy.max_batch_size": 31},
+            "privacy.max_batch_size",
+            "must be at least expected_batch_size (32), got 31: most steps would be cut.",
+        ),
+        (
+            {**TRUNCATED, "privacy.num_units": 40},
+            "privacy.num_units",
+            "must be at least the largest batch (56), got 40.",
+        ),
+        (
+            {"privacy.sampling": "fixed_size", "privacy.num_units": 500},
+            "privacy.sample_rate",
+            "must be expected_batch_size / num_units = 0.064 with sampling = 'fixed_size', got 0.032.",
+        ),
+        (
+            {**TRUNCATED, "privacy.num_units": 2000, "privacy.delta": 7e-4},
+            "privacy.delta",
+            "must be at most 1/N = 0.0005, got 0.0007. N = num_units = 2,000.",
+        ),
+        (
             {"privacy.clipping": {"mode": "layerwise"}},
             "privacy.clipping.mode",
             "must be 'flat', 'per_layer', 'groups', 'automatic', 'normalized' or 'adaptive', got 'layerwise'",
@@ -76,6 +121,9 @@ def test_rule(changes, path, message):
     "changes",
     [
         {"privacy.clipping": GROUPS},
+        TRUNCATED,
+        {"privacy.sampling": "fixed_size", "privacy.num_units": 1005},
+        {**TRUNCATED, "privacy.enabled": False},
         {"privacy.clipping": {"mode": "automatic", "stability": 0.1}},
         {"privacy.clipping": {"mode": "adaptive", "per_layer": True, "count_noise_multiplier": 30.0}},
     ],

@@ -5,17 +5,23 @@ import math
 import pytest
 import torch
 
-from securetune.errors import PrivacyError
+from securetune.errors import DataError, PrivacyError
 from securetune.privacy.accounting import Phase, epsilon_of_phases, plan_privacy
 from securetune.privacy.clipping import ROUNDING_EXCESS
 from securetune.privacy.ledger import read_ledger
 from securetune.privacy.noise import NoiseSource
 from securetune.privacy.per_sample import PerSampleGradients
-from securetune.privacy.sampling import PoissonSampler
+from securetune.privacy.sampling import FixedSizeSampler, PoissonSampler
+from securetune.privacy.step import OrdinaryStep
 from securetune.training.folder import RunFolder
 from securetune.training.loop import Trainer, make_optimizer
-from securetune.training.mechanism import gradient_noise_multiplier, make_clipping, make_private_step
-from securetune.training.plan import privacy_spec
+from securetune.training.mechanism import (
+    gradient_noise_multiplier,
+    make_clipping,
+    make_private_step,
+    make_sampler,
+    privacy_spec,
+)
 from tests.sample_recipe import sample_recipe
 from tests.unit.training.tiny_head import make_examples, make_head
 
@@ -74,6 +80,50 @@ def test_count_noise_that_costs_the_whole_step_is_refused():
     recipe = recipe_of({"mode": "adaptive", "count_noise_multiplier": 0.5})
     with pytest.raises(PrivacyError, match=r"count_noise_multiplier=0\.5 must be above noise_multiplier=1"):
         gradient_noise_multiplier(recipe, noise_multiplier=1.0)
+
+
+TRUNCATED = {
+    "privacy.sampling": "truncated_poisson",
+    "privacy.num_units": 1000,
+    "privacy.max_batch_size": 56,
+}
+FIXED = {"privacy.sampling": "fixed_size", "privacy.num_units": 1010}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "rate", "largest"),
+    [
+        ({}, "Poisson", 0.032, None),
+        (TRUNCATED, "truncated Poisson", 0.032, 56),
+        (FIXED, "fixed size", 32 / 1010, 32),
+    ],
+)
+def test_the_sampler_that_draws_is_the_one_that_is_planned(changes, kind, rate, largest):
+    recipe = sample_recipe(changes)
+    spec, sampler = privacy_spec(recipe), make_sampler(recipe, 990)
+    assert (spec.sampler, spec.sample_rate, spec.max_batch_size) == (kind, rate, largest)
+    assert spec.num_records == recipe.privacy.num_units
+    plan = plan_privacy(spec)
+    assert plan.phase == sampler.phase(plan.noise_multiplier, 10)
+    assert sampler.reportable_epsilon
+
+
+@pytest.mark.parametrize("changes", [TRUNCATED, FIXED])
+def test_more_records_than_places_are_refused(changes):
+    with pytest.raises(DataError, match=r"there are 1,011 training records, more than the privacy.num_units"):
+        make_sampler(sample_recipe(changes), 1011)
+
+
+def test_empty_places_are_drawn_and_weigh_nothing(tmp_path):
+    """Of 40 places 28 are empty: a fixed-size sample of 30 holds fewer records than that."""
+    head, examples = make_head(), make_examples(12)
+    grads = PerSampleGradients(head.model)
+    step = OrdinaryStep(grads, torch.optim.SGD([grads.flat_params], lr=0.1), expected_batch_size=30)
+    sampler = FixedSizeSampler(40, 30, key=bytes(32))
+    trainer = Trainer(head, step, sampler, examples, micro_batch_tokens=64)
+    real = [sum(place < 12 for place in sampler.draw(number)) for number in (1, 2, 3)]
+    assert [trainer.run_step(number).num_samples for number in (1, 2, 3)] == real
+    assert max(real) <= 12
 
 
 def private_run(folder, recipe, *, sample_rate=1.0):
