@@ -30,7 +30,7 @@ def check_data(recipe: Recipe, *, with_lengths: bool = True) -> Iterator[str]:
     from securetune.data.sources import load_records
     from securetune.data.splits import deduplicate, drop_conflicting
 
-    loaded = load_records(recipe.data, recipe.task)
+    loaded = load_records(recipe.data, recipe.task, user_field=recipe.data.user_field)
     screened = drop_conflicting(loaded) if recipe.data.screen == "cross_record" else loaded
     kept = deduplicate(screened, method=recipe.data.deduplicate, is_protected=recipe.privacy.enabled)
     records = kept.records
@@ -49,9 +49,15 @@ def check_data(recipe: Recipe, *, with_lengths: bool = True) -> Iterator[str]:
         yield f"warning   {kept.num_conflicting:,} records share their text with a record of another label"
     if recipe.task == "classify":
         yield f"labels    {_balance(records, recipe.data.labels)}"
-    num_held_out = round(len(records) * recipe.data.held_out_fraction)
-    num_training = len(records) - num_held_out
-    yield f"split     about {num_training:,} for training and {num_held_out:,} held out"
+    num_units = len(records)
+    if recipe.privacy.unit == "user":
+        counts = Counter(record.user_id for record in records)
+        num_units = len(counts)
+        yield _users(recipe, sorted(counts.values()))
+    num_held_out = round(num_units * recipe.data.held_out_fraction)
+    num_training = num_units - num_held_out
+    unit = "" if recipe.privacy.unit == "record" else " users"
+    yield f"split     about {num_training:,}{unit} for training and {num_held_out:,} held out"
     if num_held_out < recipe.data.min_held_out:
         yield (
             f"warning   data.min_held_out = {recipe.data.min_held_out:,} will hardly be reached: "
@@ -63,6 +69,15 @@ def check_data(recipe: Recipe, *, with_lengths: bool = True) -> Iterator[str]:
         yield f"warning   {warning}"
     if with_lengths:
         yield _check_lengths(recipe, records)
+
+
+def _users(recipe: Recipe, counts: Sequence[int]) -> str:
+    most = recipe.privacy.max_records_per_user or 1
+    above = sum(count > most for count in counts)
+    return (
+        f"users     {len(counts):,}, with {counts[0]:,} to {counts[-1]:,} records (median "
+        f"{counts[len(counts) // 2]:,}); {above:,} have more than the {most:,} of a step"
+    )
 
 
 def _balance(records: "Sequence[Record]", labels: Sequence[str]) -> str:

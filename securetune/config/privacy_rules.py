@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from securetune.config.schema import PrivacyConfig
+    from securetune.config.schema import DataConfig, PrivacyConfig, TrainingConfig
 
 Problem = tuple[str, str]
 """A dotted path and what is wrong there."""
@@ -15,6 +15,7 @@ Rule = tuple[tuple[str, ...], Callable[..., Iterator[Problem]]]
 
 _RATE_TOLERANCE = 0.01  # of a rate that somebody typed; the accountant takes the exact one
 
+_RECORD_COLUMNS = ("text", "label", "prompt", "completion", "messages")
 _CLIPPING_MODES = {
     "groups": "groups",
     "stability": "automatic",
@@ -34,7 +35,8 @@ def _delta(privacy: "PrivacyConfig") -> Iterator[Problem]:
             + (
                 f"N = num_units = {privacy.num_units:,}."
                 if privacy.most_records > privacy.expected_records
-                else f"N = expected_batch_size / sample_rate = {privacy.expected_records:,.0f} records."
+                else "N = expected_batch_size / sample_rate = "
+                f"{privacy.expected_records:,.0f} {privacy.unit}s."
             ),
         )
 
@@ -107,7 +109,54 @@ def _sampling(privacy: "PrivacyConfig") -> Iterator[Problem]:
             )
 
 
+def _unit(privacy: "PrivacyConfig", data: "DataConfig") -> Iterator[Problem]:
+    is_user = privacy.unit == "user"
+    if not is_user:
+        remedy = "Remove it, or set privacy.unit to 'user'."
+        if data.user_field is not None:
+            yield "data.user_field", f"has no effect with privacy.unit = 'record'. {remedy}"
+        if privacy.max_records_per_user is not None:
+            yield "privacy.max_records_per_user", f"has no effect with unit = 'record'. {remedy}"
+        return
+    if data.private.source is not None:
+        yield (
+            "privacy.unit",
+            f"cannot be 'user' with data.private.source = {data.private.source!r}, which names no users. Set "
+            "it to 'record', or give a file with a column of users in data.private.path.",
+        )
+    elif data.user_field is None:
+        yield (
+            "data.user_field",
+            "required for privacy.unit = 'user': the column that names the user of each record.",
+        )
+    if data.user_field in _RECORD_COLUMNS:
+        yield (
+            "data.user_field",
+            f"must be a column of its own, got {data.user_field!r}, which holds the record itself.",
+        )
+    if privacy.max_records_per_user is None:
+        yield (
+            "privacy.max_records_per_user",
+            "required for unit = 'user': the most records of one user in one step, such as 8.",
+        )
+
+
+def _micro_batch_of_users(
+    privacy: "PrivacyConfig", data: "DataConfig", training: "TrainingConfig"
+) -> Iterator[Problem]:
+    tokens = (privacy.max_records_per_user or 1) * data.max_length
+    if privacy.unit == "user" and data.max_length <= training.micro_batch_tokens < tokens:
+        yield (
+            "training.micro_batch_tokens",
+            f"must be at least privacy.max_records_per_user * data.max_length = {tokens:,} with privacy.unit "
+            f"= 'user', got {training.micro_batch_tokens:,}: all records of a user are clipped in one pass. "
+            "Raise it, or lower one of the two.",
+        )
+
+
 PRIVACY_RULES: list[Rule] = [
+    (("privacy", "data"), _unit),
+    (("privacy", "data", "training"), _micro_batch_of_users),
     (("privacy",), _delta),
     (("privacy",), _sampling),
     (("privacy",), _clipping),

@@ -78,6 +78,8 @@ class DataConfig(Section):
     public_validation: PublicDataConfig | None = None
     """Public records, of the same shape as the private ones, that decide when to stop
     (`training.early_stopping`). Epsilon does not protect them; a record must not be in both."""
+    user_field: str | None = Field(default=None, min_length=1)
+    """Column that names the user of each private record, by text or number, for `privacy.unit: user`."""
     labels: list[str] = Field(default_factory=list)
     """The labels, for `task: classify`, as they stand in the data."""
     label_words: list[str] | None = None
@@ -90,9 +92,10 @@ class DataConfig(Section):
     on_overlong: Literal["error", "truncate", "drop"] = "error"
     """What happens to a longer record. Each choice looks at one record alone: all are fine under privacy."""
     held_out_fraction: Fraction = 0.2
-    """Share of the records kept out of training for evaluation, chosen record by record with a keyed hash."""
+    """Share of the records kept out of training for evaluation, chosen record by record with a keyed hash;
+    user by user where users are the unit."""
     min_held_out: int = Field(default=1, ge=1)
-    """The run stops if fewer records than this are held out."""
+    """The run stops if fewer records (or users, where they are the unit) than this are held out."""
     deduplicate: Literal["exact", "fuzzy"] = "exact"
     """How repeated records are removed. `fuzzy` compares records with each other: not under privacy."""
     screen: Literal["none", "cross_record"] = "none"
@@ -134,7 +137,10 @@ class ClippingConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """Differential privacy of the training. The unit is one record: adding or removing it changes little."""
+    """Differential privacy of the training: adding or removing one unit (a record, or a user) changes little.
+
+    With `unit: user`, read "user" for "record" in the options of this section.
+    """
 
     enabled: bool = True
     """Train with differential privacy. False samples the same way, but neither clips nor adds noise, and
@@ -163,8 +169,12 @@ class PrivacyConfig(Section):
     """For `truncated_poisson`: most records in one step."""
     steps: int = Field(ge=1)
     """Training steps. The budget is planned for exactly this many."""
-    unit: Literal["record"] = "record"
-    """Whom epsilon protects: one record. A person with several records is not covered."""
+    unit: Literal["record", "user"] = "record"
+    """Whom epsilon protects. `record`: one record; a person with several is not covered. `user`: all records
+    of one user, as `data.user_field` names them; held-out records are chosen by user too."""
+    max_records_per_user: int | None = Field(default=None, ge=1)
+    """For `user`: most records of one user in one step; of a user with more, a new random part is taken each
+    time. A constant of the recipe."""
 
     @property
     def expected_records(self) -> float:

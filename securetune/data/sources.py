@@ -52,7 +52,7 @@ class DataOptions(Protocol):
         ...
 
 
-def load_records(data_config: DataOptions, task: Task) -> list[Record]:
+def load_records(data_config: DataOptions, task: Task, *, user_field: str | None = None) -> list[Record]:
     """Read and check the private records.
 
     Text is taken exactly as it stands: no trimming, no Unicode normalisation.
@@ -65,6 +65,7 @@ def load_records(data_config: DataOptions, task: Task) -> list[Record]:
         data_config: The recipe's ``data`` section.
         task: ``classify`` needs ``text`` and ``label``; ``generate`` needs ``prompt`` and ``completion``, or
             ``messages``.
+        user_field: Column that names the user of each record, where users are the privacy unit.
 
     Returns:
         At least one record, numbered from 1.
@@ -89,7 +90,12 @@ def load_records(data_config: DataOptions, task: Task) -> list[Record]:
         raise ConfigError("data.private: give either source or path.")
     if not rows:
         raise DataError(f"{name} holds no records.")
-    records = _labelled(rows, labels, name) if task == "classify" else _generations(rows, name)
+    if user_field is not None:
+        _check_user_column(rows, user_field, name)
+    columns = rows if user_field is None else [_without(row, user_field) for row in rows]
+    records = _labelled(columns, labels, name) if task == "classify" else _generations(columns, name)
+    if user_field is not None:
+        records = _with_users(records, rows, user_field, name)
     _check_labels_used(records, labels)
     return records
 
@@ -201,6 +207,38 @@ def _check_columns(rows: Sequence[Row], wanted: Sequence[str], name: str, need: 
     extra = sorted({column for row in rows for column in row.values} - set(wanted))
     if extra:
         _logger.warning("%s: columns that are not used: %s.", name, ", ".join(map(_shown, extra[:20])))
+
+
+def _check_user_column(rows: Sequence[Row], user_field: str, name: str) -> None:
+    for row in rows:
+        if user_field not in row.values:
+            found = ", ".join(_shown(column) for column in islice(row.values, 20)) or "none"
+            raise DataError(
+                f"{name}, {row.place}: column {user_field!r} missing, which data.user_field names as the "
+                f"user of each record. Columns found: {found}. Add it to every row, or correct the option."
+            )
+
+
+def _without(row: Row, column: str) -> Row:
+    return row._replace(values={name: value for name, value in row.values.items() if name != column})
+
+
+def _with_users(records: list[Record], rows: Sequence[Row], user_field: str, name: str) -> list[Record]:
+    problems = _Problems(name)
+    owned: list[Record] = []
+    for record, row in zip(records, rows, strict=True):
+        value = row.values[user_field]
+        user = None if isinstance(value, bool) else _label_string(value)
+        if user is None or not user.strip():
+            problems.add(
+                row,
+                f"{user_field} must name the record's user by text or a whole number, got {_kind(value)}; "
+                "give each record without a known user a name of its own, or leave it out",
+            )
+        else:
+            problems.collect(owned, row, lambda r=record, u=user: r.of_user(u))
+    problems.stop()
+    return owned
 
 
 def _check_labels_used(records: Sequence[Record], labels: Sequence[str]) -> None:

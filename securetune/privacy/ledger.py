@@ -24,6 +24,7 @@ from securetune.privacy.accounting import (
     epsilon_of_phases,
     max_true_positive_rate,
     max_true_positive_rate_of_run,
+    unit_statement,
 )
 from securetune.privacy.loss_distribution import (
     MAX_STEPS,
@@ -55,6 +56,7 @@ class LedgerHeader(BaseModel):
     Attributes:
         format: Name and version of the file format.
         unit: Whose presence the guarantee hides; a person with several units is not covered as a whole.
+        max_records_per_unit: Most records of one unit in one step.
         neighbouring_relation: How two neighbouring data sets differ; it follows from the sampler.
         sampler: How the units of a step are chosen.
         accountant: Name and version of what computes epsilon.
@@ -78,6 +80,7 @@ class LedgerHeader(BaseModel):
 
     format: Literal["securetune.ledger/1"] = FORMAT
     unit: str = "record"
+    max_records_per_unit: int = Field(default=1, ge=1)
     neighbouring_relation: str = NEIGHBOURING_RELATION
     sampler: SamplingKind = "Poisson"
     accountant: str = Field(default_factory=accountant_name)
@@ -108,6 +111,11 @@ class LedgerHeader(BaseModel):
     def sampling(self) -> Sampling:
         """How the units of a step are chosen, as the accountant takes it."""
         return Sampling(self.sampler, self.num_records, self.max_batch_size)
+
+    @property
+    def unit_statement(self) -> str:
+        """Whom epsilon protects, as a sentence."""
+        return unit_statement(self.unit, max_records_per_unit=self.max_records_per_unit)
 
     @property
     def clipping_statement(self) -> str:
@@ -148,6 +156,7 @@ class LedgerHeader(BaseModel):
         settings = {name: value for name, value in described.items() if name not in _NOT_SETTINGS}
         return cls(
             unit=unit,
+            max_records_per_unit=1 if sampler is None else sampler.describe().max_records_per_unit,
             neighbouring_relation=plan.spec.sampling.neighbouring_relation,
             sampler=plan.spec.sampler,
             num_records=plan.spec.num_records,

@@ -20,6 +20,8 @@ def sampling_statement(header: "LedgerHeader") -> str:
     """
     unit = header.unit
     limit = "" if header.max_batch_size is None else f", at most {header.max_batch_size:,} {unit}s a step"
+    if unit != "record":
+        limit += f", up to {header.max_records_per_unit} records of each"
     if header.num_records is None:
         size = f"the number of {unit}s is private"
     else:

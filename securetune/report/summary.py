@@ -95,20 +95,26 @@ class DataStatement(_Part):
 
     Attributes:
         source: Where the records came from, without a path: a package name, or ``local file``.
-        planned_records: ``expected_batch_size / sample_rate``: the size the recipe plans for. Public.
+        planned_records: ``expected_batch_size / sample_rate``: the units the recipe plans for. Public.
+        unit: What is held out as a whole: "record" or "user".
         records: Records after exact duplicates were removed.
         duplicates_removed: Exact duplicates removed.
         training_records: Records the sampler could draw.
         held_out_records: Records kept out of training.
+        training_users: Users the sampler could draw, where users are the unit.
+        held_out_users: Users kept out of training, of whom one record each is measured.
         split_rule: How held-out records were chosen.
     """
 
     source: str
     planned_records: float = Field(gt=0)
+    unit: Literal["record", "user"] = "record"
     records: int | None = Field(default=None, ge=0)
     duplicates_removed: int | None = Field(default=None, ge=0)
     training_records: int | None = Field(default=None, ge=0)
     held_out_records: int | None = Field(default=None, ge=0)
+    training_users: int | None = Field(default=None, ge=0)
+    held_out_users: int | None = Field(default=None, ge=0)
     split_rule: str = "keyed hash of each record, so a record's side depends on that record alone"
 
 
@@ -338,6 +344,7 @@ def shareable(report: Report, released: Sequence[Evidence] = ()) -> Report:
         data=DataStatement(
             source=report.data.source,
             planned_records=report.data.planned_records,
+            unit=report.data.unit,
             split_rule=report.data.split_rule,
         ),
         privacy=report.privacy,
@@ -448,6 +455,8 @@ def _private_parts(report: Report) -> Iterable[str]:
         report.data.duplicates_removed,
         report.data.training_records,
         report.data.held_out_records,
+        report.data.training_users,
+        report.data.held_out_users,
     )
     if any(count is not None for count in counts):
         yield "numbers of records"

@@ -29,7 +29,7 @@ from securetune.training.loop import (
     check_gradients,
     make_optimizer,
 )
-from securetune.training.mechanism import make_clipping, make_private_step, make_sampler
+from securetune.training.mechanism import make_clipping, make_private_step, make_unit_sampler
 from securetune.training.plan import Plan
 from securetune.training.prepare import PreparedData, probe_examples
 from securetune.training.progress import TrainingProgress
@@ -104,7 +104,7 @@ def fine_tune(
     saved = None
     if (state / "vault.json").is_file():
         saved = load_state(state, access, grads, optimizer, owner=owner, stopping=stopping)
-    sampler = make_sampler(recipe, len(data.train))
+    sampler = make_unit_sampler(recipe, [example.user_id for example in data.train])
     with contextlib.ExitStack() as stack:
         ledger, clipping, step = (
             None,

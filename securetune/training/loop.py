@@ -18,6 +18,7 @@ from securetune.models.task import ClassifyHead, GenerateHead
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.sampling import Sampler
 from securetune.privacy.step import OrdinaryStep, PrivateStep
+from securetune.privacy.units import DrawnRecord, UserSampler
 from securetune.training.dropout import AdapterDropout
 
 Head = ClassifyHead | GenerateHead
@@ -93,8 +94,9 @@ class Trainer:
     Args:
         head: The model with its adapters, and its task.
         step: Ordinary or private.
-        sampler: Draws each step's samples; positions behind the examples are empty places.
-        examples: The training examples, one per privacy unit.
+        sampler: Draws each step's samples, one by one or user by user; positions behind the examples are
+            empty places.
+        examples: The training examples.
         micro_batch_tokens: Most tokens, padding included, in one pass.
         adversary: None trains on clean embeddings. Attacks run without dropout and label smoothing.
         dropout: Gives the samples their masks; None for a model without dropout.
@@ -105,7 +107,7 @@ class Trainer:
         self,
         head: Head,
         step: OrdinaryStep,
-        sampler: Sampler,
+        sampler: Sampler | UserSampler,
         examples: Sequence[Example],
         *,
         micro_batch_tokens: int,
@@ -136,16 +138,25 @@ class Trainer:
             MachineError: If memory runs out; the step is then not charged.
         """
         started = time.monotonic()
-        places = self._sampler.draw(number)
+        places = [
+            place.position if isinstance(place, DrawnRecord) else place
+            for place in self._sampler.draw(number)
+        ]
         drawn = [self._examples[place] for place in places if place < len(self._examples)]
+        by_user = isinstance(self._sampler, UserSampler)
         losses: list[Tensor] = []
         num_tokens = 0
-        for bucket in length_buckets(drawn, self._micro_batch_tokens):
-            batch = collate([drawn[index] for index in bucket]).to(self._device)
+        for bucket in length_buckets(drawn, self._micro_batch_tokens, by_user=by_user):
+            examples = [drawn[index] for index in bucket]
+            batch = collate(examples).to(self._device)
             num_tokens += batch.input_ids.numel()
             with _out_of_memory_advice(), self._masks(batch, number):
                 micro_losses = self._losses(batch, number)
-                self._step.accumulate(micro_losses)
+                if isinstance(self._step, PrivateStep):
+                    users = [example.user_id for example in examples] if by_user else None
+                    self._step.accumulate(micro_losses, users)
+                else:
+                    self._step.accumulate(micro_losses)
             losses.append(micro_losses.detach())
         self._step.finish()
         mean_loss = float(torch.cat(losses).mean()) if losses else None

@@ -1,6 +1,7 @@
 """A recipe's private mechanism: what bounds each unit's gradient, how much noise hides it, who counts."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -26,10 +27,58 @@ from securetune.privacy.sampling import (
     TruncatedPoissonSampler,
 )
 from securetune.privacy.step import PrivateStep
+from securetune.privacy.units import UserSampler
 from securetune.training.folder import RunFolder
 
 _COUNT_NOISE_OF_BATCH = 10  # the choice of Andrew et al. 2021 for one threshold
 _COUNT_NOISE_OF_RUN = 5  # the gradient's noise then grows by 2 %
+
+
+def make_unit_sampler(recipe: Recipe, user_ids: Sequence[str | None]) -> Sampler | UserSampler:
+    """Make what draws the records of each step: one by one, or user by user.
+
+    Args:
+        recipe: The recipe.
+        user_ids: The user of each training record, in their order; read where users are the unit only.
+
+    Returns:
+        The sampler, with new secret keys.
+
+    Raises:
+        DataError: If there are more units than places.
+    """
+    if recipe.privacy.unit == "record":
+        return make_sampler(recipe, len(user_ids))
+    most = recipe.privacy.max_records_per_user
+    assert most is not None, "a rule of the recipe"
+    users = [user for user in user_ids if user is not None]
+    assert len(users) == len(user_ids), "records are read with their users"
+    return UserSampler(users, make_sampler(recipe, len(set(users))), max_records_per_user=most)
+
+
+def planned_header(recipe: Recipe, plan: PrivacyPlan, *, reportable_epsilon: bool = True) -> LedgerHeader:
+    """Say what the run's ledger will begin with.
+
+    Args:
+        recipe: The recipe.
+        plan: The calibrated mechanism.
+        reportable_epsilon: Whether sampler and noise have secret keys.
+
+    Returns:
+        The public constants of the run.
+    """
+    return LedgerHeader.from_plan(
+        plan,
+        reportable_epsilon=reportable_epsilon,
+        unit=recipe.privacy.unit,
+        sampler=_sampler_of_one(recipe),
+        clipping=make_clipping(recipe, noise_multiplier=plan.noise_multiplier),
+    )
+
+
+def _sampler_of_one(recipe: Recipe) -> Sampler | UserSampler:
+    """The recipe's sampler of a single unit: how many there are is in no public number."""
+    return make_unit_sampler(recipe, ["somebody"])
 
 
 def make_sampler(recipe: Recipe, num_units: int) -> Sampler:
@@ -69,7 +118,7 @@ def privacy_spec(recipe: Recipe) -> PrivacySpec:
         What the accountant calibrates for.
     """
     settings = recipe.privacy
-    sampler = make_sampler(recipe, num_units=1)  # how many there are is in no public number
+    sampler = _sampler_of_one(recipe)
     return PrivacySpec(
         target_epsilon=settings.target_epsilon,
         delta=settings.delta,
@@ -154,7 +203,7 @@ def make_private_step(
     plan: PrivacyPlan,
     grads: PerSampleGradients,
     optimizer: torch.optim.Optimizer,
-    sampler: Sampler,
+    sampler: Sampler | UserSampler,
 ) -> tuple[Ledger, PrivateStep]:
     """Open the run's ledger and make the step that is charged to it.
 

@@ -9,11 +9,11 @@ import torch
 
 from securetune.config.schema import Recipe
 from securetune.files import write_atomic
-from securetune.privacy.accounting import UNIT_STATEMENT, PrivacyPlan, plan_privacy
+from securetune.privacy.accounting import PrivacyPlan, plan_privacy
 from securetune.privacy.ledger import LedgerHeader
 from securetune.privacy.statements import sampling_statement
 from securetune.training.folder import NOT_COVERED, RunFolder
-from securetune.training.mechanism import gradient_noise_multiplier, make_clipping, privacy_spec
+from securetune.training.mechanism import gradient_noise_multiplier, planned_header, privacy_spec
 from securetune.training.stopping import num_checks
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ class Plan:
                 "clipping_statement": header.clipping_statement,
                 "sensitivity": spec["max_grad_norm"],
                 "gradient_noise_multiplier": self._gradient_noise_multiplier(),
-                "unit": UNIT_STATEMENT,
-                "neighbouring_relation": f"{self.privacy.spec.sampling.neighbouring_relation} record",
+                "unit": header.unit_statement,
+                "neighbouring_relation": f"{header.neighbouring_relation} {header.unit}",
                 "sampling_statement": sampling_statement(header),
                 "accountant": self.privacy.accountant,
                 "noise_multiplier": self.privacy.noise_multiplier,
@@ -109,12 +109,9 @@ class Plan:
         return Group(table)
 
     def _header(self) -> LedgerHeader:
-        """What the ledger will say; only its clipping is of interest here."""
+        """What the ledger will say."""
         assert self.privacy is not None
-        clipping = make_clipping(self.recipe, noise_multiplier=self.privacy.noise_multiplier)
-        return LedgerHeader.from_plan(
-            self.privacy, reportable_epsilon=True, unit=self.recipe.privacy.unit, clipping=clipping
-        )
+        return planned_header(self.recipe, self.privacy)
 
     def _gradient_noise_multiplier(self) -> float:
         assert self.privacy is not None
@@ -148,7 +145,7 @@ class Plan:
         else:
             spec, plan = self.privacy.spec, self.privacy
             rows += [
-                ("privacy unit", UNIT_STATEMENT),
+                ("privacy unit", self._header().unit_statement),
                 ("sampling", f"{sampling_statement(self._header())}; {plan.accountant}"),
                 (
                     "epsilon",
@@ -212,7 +209,8 @@ def make_plan(
 
 def _estimate(recipe: Recipe, base: "BaseModel", tokens: float) -> Estimate:
     forward, training = _measure(base, max(8, round(tokens)))
-    drawn = recipe.privacy.steps * recipe.privacy.expected_batch_size * tokens
+    most = recipe.privacy.max_records_per_user or 1  # records of one unit
+    drawn = recipe.privacy.steps * recipe.privacy.expected_batch_size * most * tokens
     passes = 1 if recipe.adversarial.method == "none" else 1 + recipe.adversarial.steps
     settings = recipe.evaluation
     judged = (settings.num_texts + settings.num_membership) * tokens * forward

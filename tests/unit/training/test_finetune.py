@@ -197,16 +197,16 @@ def test_training_without_early_stopping_is_as_it_was(workshop, monkeypatch):
     ("sampling", "relation"),
     [
         ({"sampling": "truncated_poisson", "max_batch_size": 60}, "zero out one"),
-        ({"sampling": "fixed_size", "sample_rate": 48 / 350}, "replace one"),
+        ({"sampling": "fixed_size", "sample_rate": 48 / 400}, "replace one"),
     ],
 )
 def test_samplers_with_a_public_number_of_places(workshop, monkeypatch, sampling, relation):
-    privacy = {**RECIPE["privacy"], "num_units": 350, **sampling}
+    privacy = {**RECIPE["privacy"], "num_units": 400, **sampling}
     name = sampling["sampling"]
     run = Run(workshop, monkeypatch, name, stopping={"method": "none"}, privacy=privacy, publish={})
     run.go()
     header = run.ledger.header
-    assert (header.num_records, header.neighbouring_relation) == (350, relation)
+    assert (header.num_records, header.neighbouring_relation) == (400, relation)
     assert run.ledger.epsilon() <= 8.0
     drawn = [line["num_samples"] for line in run.run.read_metrics()]
     assert max(drawn) <= header.max_batch_size
