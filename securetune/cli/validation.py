@@ -27,7 +27,7 @@ def check_data(recipe: Recipe, *, with_lengths: bool = True) -> Iterator[str]:
     Raises:
         DataError: If the records cannot be used with this recipe.
     """
-    from securetune.data.sources import load_records
+    from securetune.data.sources import load_public_records, load_records
     from securetune.data.splits import deduplicate, drop_conflicting
 
     loaded = load_records(recipe.data, recipe.task, user_field=recipe.data.user_field)
@@ -67,8 +67,16 @@ def check_data(recipe: Recipe, *, with_lengths: bool = True) -> Iterator[str]:
     require_places(recipe, num_training)
     if warning := size_warning(recipe, num_training):
         yield f"warning   {warning}"
+    public: list[Record] = []
+    if recipe.data.public_validation is not None:
+        public = load_public_records(
+            recipe.data.public_validation, recipe.data.labels, recipe.task, private=records
+        )
+        yield f"public    {len(public):,} validation records read, none of them private too"
     if with_lengths:
-        yield _check_lengths(recipe, records)
+        yield f"lengths   {_check_lengths(recipe, records)}"
+        if public:
+            yield f"public    {_check_lengths(recipe, public, option='data.public_validation')}"
 
 
 def _users(recipe: Recipe, counts: Sequence[int]) -> str:
@@ -88,7 +96,7 @@ def _balance(records: "Sequence[Record]", labels: Sequence[str]) -> str:
     )
 
 
-def _check_lengths(recipe: Recipe, records: "Sequence[Record]") -> str:
+def _check_lengths(recipe: Recipe, records: "Sequence[Record]", *, option: str = "data.private") -> str:
     from transformers import AutoTokenizer
 
     from securetune.data.encode import encode_records, label_token_ids
@@ -108,9 +116,14 @@ def _check_lengths(recipe: Recipe, records: "Sequence[Record]") -> str:
     )
     if recipe.task == "classify":
         label_token_ids(tokenizer, data.words, prompt=data.prompt)
+    if not examples:
+        raise DataError(
+            f"{option}: all {len(records):,} records are longer than data.max_length ({data.max_length}). "
+            "Raise it, or give shorter records."
+        )
     lengths = sorted(len(example.input_ids) for example in examples)
     num_truncated = sum(example.is_truncated for example in examples)
     return (
-        f"lengths   median {lengths[len(lengths) // 2]}, longest {lengths[-1]} of {data.max_length} tokens; "
+        f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]} of {data.max_length} tokens; "
         f"{num_truncated:,} truncated, {len(records) - len(examples):,} dropped"
     )

@@ -23,6 +23,7 @@ Metric = Literal[
     "accuracy_char",
     "membership_auc",
     "membership_tpr_at_1pct_fpr",
+    "memorisation_gap",
     "heldout_loss",
     "epsilon",
     "accuracy_difference",

@@ -75,19 +75,52 @@ def load_records(data_config: DataOptions, task: Task, *, user_field: str | None
         DataError: If the file is missing, damaged or empty, or a record is not of the right shape.
         MachineError: If the package of a packaged source is not installed.
     """
-    private = data_config.private
-    labels = list(data_config.labels)
+    return _load(data_config.private, list(data_config.labels), task, user_field, "data.private")
+
+
+def load_public_records(
+    public: PrivateOptions, labels: Sequence[str], task: Task, *, private: Sequence[Record]
+) -> list[Record]:
+    """Read and check the public records of ``data.public_validation`` as :func:`load_records` does.
+
+    Args:
+        public: That section.
+        labels: The labels, in the order of their indices.
+        task: As for :func:`load_records`.
+        private: The private records, none of which may be public too.
+
+    Returns:
+        At least one record, numbered from 1; none has a user.
+
+    Raises:
+        ConfigError: As :func:`load_records`.
+        DataError: The same, or if a record says what a private one says.
+        MachineError: As :func:`load_records`.
+    """
+    records = _load(public, list(labels), task, None, "data.public_validation")
+    known = {record.text_id for record in private}
+    if shared := sum(record.text_id in known for record in records):
+        raise DataError(
+            f"data.public_validation: {shared:,} of its {len(records):,} records are private records too, "
+            "and epsilon would not cover what they decide. Take them out of one of the two."
+        )
+    return records
+
+
+def _load(
+    private: PrivateOptions, labels: list[str], task: Task, user_field: str | None, option: str
+) -> list[Record]:
     if private.source is not None:
         if task != "classify":
             raise ConfigError(
-                f"data.private.source: {private.source!r} holds texts with labels, which suit task"
-                f" 'classify', got {task!r}. Give prompts with completions, or chats, in data.private.path."
+                f"{option}.source: {private.source!r} holds texts with labels, which suit task"
+                f" 'classify', got {task!r}. Give prompts with completions, or chats, in {option}.path."
             )
         name, rows = private.source, read_packaged_rows(private.source, labels)
     elif private.path is not None:
-        name, rows = str(private.path), read_rows(Path(private.path), private.format)
+        name, rows = str(private.path), read_rows(Path(private.path), private.format, option=option)
     else:
-        raise ConfigError("data.private: give either source or path.")
+        raise ConfigError(f"{option}: give either source or path.")
     if not rows:
         raise DataError(f"{name} holds no records.")
     if user_field is not None:

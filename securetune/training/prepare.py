@@ -11,7 +11,7 @@ from securetune.config.schema import Recipe
 from securetune.config.size import require_enough_records, require_places, size_warning
 from securetune.data.encode import Example, encode_records
 from securetune.data.records import Record
-from securetune.data.sources import load_records
+from securetune.data.sources import load_public_records, load_records
 from securetune.data.splits import Split, deduplicate, drop_conflicting, split_held_out
 from securetune.errors import DataError
 from securetune.training.folder import RunFolder
@@ -174,13 +174,7 @@ def _validation(
     if settings.method == "none":
         return []
     if (public := recipe.data.public_validation) is not None:
-        records = load_records(recipe.data.model_copy(update={"private": public}), recipe.task)
-        known = {record.text_id for record in private}
-        if shared := sum(record.text_id in known for record in records):
-            raise DataError(
-                f"data.public_validation: {shared:,} of its {len(records):,} records are private records "
-                "too, and epsilon would not cover what they decide. Take them out of one of the two."
-            )
+        records = load_public_records(public, recipe.data.labels, recipe.task, private=private)
         examples = _encode(records, recipe, tokenizer)
         if not examples:
             raise DataError(
