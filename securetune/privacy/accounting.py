@@ -181,11 +181,12 @@ class PrivacyPlan:
         return Phase(self.noise_multiplier, self.spec.sample_rate, self.spec.steps, self.spec.sampling)
 
 
-def unit_statement(unit: str) -> str:
+def unit_statement(unit: str, *, max_records_per_unit: int | None = None) -> str:
     """Say in words whom epsilon protects, for plans and reports.
 
     Args:
         unit: "record" or "user".
+        max_records_per_unit: Most records of a user in one step.
 
     Returns:
         The statement.
@@ -193,9 +194,12 @@ def unit_statement(unit: str) -> str:
     Raises:
         ValueError: If there is no such unit.
     """
+    records = " with all records"
+    if max_records_per_unit is not None:
+        records = f", with up to {max_records_per_unit} records in a step, of all"
     statements = {
         "record": UNIT_STATEMENT,
-        "user": "one user with all records under that user's id; a person with several ids is not covered",
+        "user": f"one user{records} under that user's id; a person with several ids is not covered",
     }
     if unit not in statements:
         raise ValueError(f"unit must be one of {', '.join(statements)}, got {unit!r}.")

@@ -390,6 +390,7 @@ def make_private(
             reportable_epsilon=noise.reportable_epsilon and sampler.reportable_epsilon,
             unit=sampler.describe().unit,
             sampler=sampler,
+            clipping=clipping,
         )
         opened = Ledger(ledger, header)
         try:

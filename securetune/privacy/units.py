@@ -42,7 +42,8 @@ class UserSampler:
 
     Args:
         user_ids: The user of each record, in the order of the records.
-        sampler: Draws users: its ``num_records`` must be the number of different ``user_ids``.
+        sampler: Draws users: its ``num_records`` must be the number of different ``user_ids``. Where that
+            number is public it may be larger: the positions behind the users are empty places.
         max_records_per_user: Most records of one user in one step, >= 1, a public constant.
         key: 32 bytes, for tests only: a run with a fixed key reports no epsilon.
 
@@ -63,7 +64,8 @@ class UserSampler:
         records: dict[str, list[int]] = {}
         for index, user_id in enumerate(user_ids):
             records.setdefault(user_id, []).append(index)
-        if len(records) != sampler.num_records:
+        places, is_public = sampler.num_records, sampler.sampling.num_records is not None
+        if places < len(records) or (places > len(records) and not is_public):
             raise ValueError(
                 f"the sampler draws from {sampler.num_records} users, but user_ids has {len(records)} "
                 "different ones. Give the sampler len(set(user_ids)) as num_records."
@@ -122,6 +124,8 @@ class UserSampler:
         """
         drawn: list[DrawnRecord] = []
         for position in self._sampler.draw(step):
+            if position >= len(self._users):
+                continue
             user_id, indices = self._users[position]
             drawn += [
                 DrawnRecord(indices[number], user_id) for number in self._choose(user_id, indices, step)
