@@ -3,7 +3,17 @@
 The package imports only the standard library and torch; Triton is imported on first use of a Triton kernel.
 """
 
+from ._linear import Segments
 from .clip_and_accumulate import clip_and_accumulate
+from .clipped_linear_grad import clipped_linear_grad
+from .linear_grad_norms import LinearGradNorms, linear_grad_norms
 from .pgd_step import pgd_step
 
-__all__ = ["clip_and_accumulate", "pgd_step"]
+__all__ = [
+    "LinearGradNorms",
+    "Segments",
+    "clip_and_accumulate",
+    "clipped_linear_grad",
+    "linear_grad_norms",
+    "pgd_step",
+]
