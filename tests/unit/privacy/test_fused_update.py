@@ -8,14 +8,17 @@ from securetune.privacy.clipping import FlatClipping
 from securetune.privacy.fused_update import why_not_fused
 from securetune.privacy.matrix_factorization import CorrelatedNoise
 from securetune.privacy.noise import NoiseSource
+from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.step import PrivateStep
 from tests.unit.privacy.test_step import Uncharged, losses_of, make_grads
 
 KEY = bytes(range(32))
 
 
-def run(make_optimizer, *, fused, steps=3, with_public=False, schedule=False):
+def run(make_optimizer, *, fused, steps=3, with_public=False, schedule=False, device="cpu"):
     grads = make_grads()
+    grads.detach()
+    grads = PerSampleGradients(grads.model.to(device))
     optimizer = make_optimizer([grads.flat_params])
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) if schedule else None
     private = PrivateStep(
@@ -30,9 +33,9 @@ def run(make_optimizer, *, fused, steps=3, with_public=False, schedule=False):
     )
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
-        private.accumulate(losses_of(grads, torch.randn(5, 6, generator=generator)))
+        private.accumulate(losses_of(grads, torch.randn(5, 6, generator=generator).to(device)))
         if with_public:
-            private.accumulate_public(losses_of(grads, torch.randn(2, 6, generator=generator)), weight=0.5)
+            private.accumulate_public(losses_of(grads, torch.randn(2, 6, generator=generator).to(device)), weight=0.5)
         private.finish()
         assert private.summed.equal(torch.zeros_like(private.summed))
         assert grads.flat_params.grad is None
@@ -61,6 +64,14 @@ def test_same_parameters_and_state_as_noise_and_optimizer(name, with_public):
     for key, value in truth.get(0, {}).items():
         if value is not None:
             torch.testing.assert_close(states[0][key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gpu_fuses_by_itself_with_the_same_result(name):
+    found, _ = run(OPTIMIZERS[name], fused=None, device="cuda")
+    expected, _ = run(OPTIMIZERS[name], fused=False)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_optimizers_saved_state_continues_either_way():
