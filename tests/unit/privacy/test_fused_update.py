@@ -32,10 +32,14 @@ def run(make_optimizer, *, fused, steps=3, with_public=False, schedule=False, de
         fused=fused,
     )
     generator = torch.Generator().manual_seed(1)
+
+    def some_losses(rows):
+        return losses_of(grads, torch.randn(rows, 6, generator=generator).to(device))
+
     for _ in range(steps):
-        private.accumulate(losses_of(grads, torch.randn(5, 6, generator=generator).to(device)))
+        private.accumulate(some_losses(5))
         if with_public:
-            private.accumulate_public(losses_of(grads, torch.randn(2, 6, generator=generator).to(device)), weight=0.5)
+            private.accumulate_public(some_losses(2), weight=0.5)
         private.finish()
         assert private.summed.equal(torch.zeros_like(private.summed))
         assert grads.flat_params.grad is None
