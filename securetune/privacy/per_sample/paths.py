@@ -5,6 +5,9 @@ computes no summed weight gradient, and puts a recorder on the output: in the ba
 recorder sees the output's gradient and hands it, with the layer's input, to the engine.
 """
 
+import functools
+import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -389,9 +392,10 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
         if fast_norm is not None:
             paths.append(fast_norm)
             continue
-        if not _is_adapter_with_parameters(module) and _all_owned_below(module):
+        is_whole = _is_adapter_with_parameters(module) or _convolves_itself(module)
+        if not is_whole and _all_owned_below(module):
             continue
-        if _is_adapter_with_parameters(module):
+        if is_whole:
             paths.append(FunctionalPath(engine, name, module))
             covered.append(name)
         elif _is_dense(module):
@@ -445,6 +449,28 @@ def _is_adapter_with_parameters(module: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return isinstance(module, BaseTunerLayer) and any(p.requires_grad for p in module.parameters())
+
+
+def _convolves_itself(module: nn.Module) -> bool:
+    """Whether a module takes the weight of a convolution in it, as Mamba's and LFM2's causal ones do.
+
+    They give it to a kernel, so that the convolution's own forward does not run. Only its source tells; where
+    it does not, the weight gets an ordinary gradient, which the engine refuses.
+    """
+    convolutions = [
+        name
+        for name, child in module.named_children()
+        if isinstance(child, nn.Conv1d) and any(p.requires_grad for p in child.parameters())
+    ]
+    return any(re.search(rf"self\.{name}\.weight\.\w+\(", _source(type(module))) for name in convolutions)
+
+
+@functools.cache
+def _source(kind: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # made where no file is
+        return ""
 
 
 def _is_dense(module: nn.Module) -> bool:
