@@ -347,7 +347,7 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
     from securetune.privacy.per_sample.disentangled import disentangled_path, table_path
     from securetune.privacy.per_sample.functional import FunctionalPath, PromptPath, position_bias_path
     from securetune.privacy.per_sample.lora import LoraPath, is_plain_lora
-    from securetune.privacy.per_sample.moe import ExpertsPath, routed_path
+    from securetune.privacy.per_sample.moe import AdaptedRouterPath, ExpertsPath, routed_path
     from securetune.privacy.per_sample.norms import norm_path
 
     paths: list[Path] = []
@@ -379,9 +379,8 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
         routed = routed_path(engine, name, module)
         if routed is not None:
             paths.append(routed)
-            if isinstance(routed, FunctionalPath) or (
-                isinstance(routed, ExpertsPath) and routed.has_adapters
-            ):
+            has_adapters = isinstance(routed, ExpertsPath) and routed.has_adapters
+            if has_adapters or isinstance(routed, FunctionalPath | AdaptedRouterPath):
                 covered.append(name)
             continue
         if is_plain_lora(name, module):
