@@ -16,6 +16,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 KERNEL_MODULES = (
     "securetune_kernels.clip_and_accumulate.triton_kernels",
     "securetune_kernels.pgd_step.triton_kernels",
+    "securetune_kernels.linear_grad_norms.triton_kernels",
+    "securetune_kernels.clipped_linear_grad.triton_kernels",
 )
 
 

@@ -3,7 +3,23 @@
 The package imports only the standard library and torch; Triton is imported on first use of a Triton kernel.
 """
 
+from ._linear import Segments
 from .clip_and_accumulate import clip_and_accumulate
+from .clipped_linear_grad import clipped_linear_grad
+from .gaussian_noise import gaussian_noise
+from .linear_grad_norms import LinearGradNorms, linear_grad_norms
+from .noisy_step import ParameterTable, noisy_adamw_step, noisy_sgd_step
 from .pgd_step import pgd_step
 
-__all__ = ["clip_and_accumulate", "pgd_step"]
+__all__ = [
+    "LinearGradNorms",
+    "ParameterTable",
+    "Segments",
+    "clip_and_accumulate",
+    "clipped_linear_grad",
+    "gaussian_noise",
+    "linear_grad_norms",
+    "noisy_adamw_step",
+    "noisy_sgd_step",
+    "pgd_step",
+]

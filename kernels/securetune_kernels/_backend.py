@@ -46,12 +46,15 @@ def resolve_backend(
         raise ValueError(f"{source} must be 'auto', 'triton' or 'torch', got {requested!r}.")
     if requested == "torch":
         return "torch"
+    if requested == "auto" and not tensor.is_cuda:  # decided without looking for triton, which takes 60 us
+        _log_choice_once(op, "torch", tensor.device.type, None)
+        return "torch"
     obstacle = unsupported or _why_triton_cannot_run(tensor)
     if requested == "triton":
         if obstacle is not None:
             raise RuntimeError(f"{op}: {source}='triton' cannot run: {obstacle}. Use backend='torch'.")
         return "triton"
-    chosen = "triton" if obstacle is None and tensor.is_cuda else "torch"
+    chosen = "triton" if obstacle is None else "torch"
     _log_choice_once(op, chosen, tensor.device.type, obstacle)
     return chosen
 

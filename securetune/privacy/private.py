@@ -85,10 +85,11 @@ class PrivateTraining:
         self._step = step
         self._sampler = sampler
         self._records = records
-        self._steps_drawn = 0
         self._is_in_step = False
+        self._is_broken = False  # a micro-batch failed on its way into the sum
         self._micro_batches: list[_MicroBatch] = []  # of the running step, still to be handed out
         self._in_hand: _MicroBatch | None = None  # handed out, not yet differentiated
+        self._buffers: dict[str, tuple[int, int]] = {}  # as they were when the step began
 
     def __enter__(self) -> Self:
         return self
@@ -146,15 +147,15 @@ class PrivateTraining:
                     "depend on the data. Call private.step() after the micro-batches of each step. After an "
                     "error, start again with make_private: its ledger goes on."
                 )
-            drawn = self._sampler.draw(self._steps_drawn)
-            self._steps_drawn += 1
+            self._micro_batches = _split(self._sampler.draw_next(), micro_batch_size)
             self._is_in_step = True
-            self._micro_batches = _split(drawn, micro_batch_size)
+            self._buffers = _buffer_versions(self.grads.model)
             yield self._hand_out(collate)
         self.close()
 
     def _hand_out(self, collate: Callable[[list[Any]], Any]) -> Iterator[Any]:
         while self._micro_batches:
+            self._refuse_if_broken()
             if self._in_hand is not None:
                 raise PrivacyError(
                     "a micro-batch was left out: it got no private.backward(losses). Leaving records out "
@@ -187,8 +188,11 @@ class PrivateTraining:
                 f"[{expected}], got shape {list(losses.shape)}. Use reduction='none', average within each "
                 "record only, and let collate_fn make one row of each record."
             )
-        unit_ids, self._in_hand = self._in_hand.unit_ids, None
-        self._step.accumulate(losses, unit_ids)
+        self._refuse_if_broken()
+        self._is_broken = True
+        self._step.accumulate(losses, self._in_hand.unit_ids)
+        self._is_broken = False
+        self._in_hand = None
 
     def public_backward(self, losses: Tensor, *, weight: float = 1.0) -> None:
         """Add the gradient of public records to the running step: neither clipped, noised nor counted.
@@ -204,12 +208,14 @@ class PrivateTraining:
         """Charge the ledger, add noise, update: in the place of ``optimizer.step()`` and ``zero_grad()``.
 
         Raises:
-            PrivacyError: If no sample was drawn for it, or a micro-batch of the sample is missing.
+            PrivacyError: If no sample was drawn for it, a micro-batch of the sample is missing, or the step
+                changed a buffer that is saved with the model.
         """
         if not self._is_in_step:
             raise PrivacyError(
                 "there is no step to finish: private.step() goes once with each step of private.steps()."
             )
+        self._refuse_if_broken()
         missing = len(self._micro_batches) + (self._in_hand is not None)
         if missing:
             raise PrivacyError(
@@ -217,8 +223,27 @@ class PrivateTraining:
                 "depends on the data, and epsilon does not cover that: run the loop over micro-batches to "
                 "its end."
             )
+        self._refuse_moved_buffers()
         self._step.finish()
         self._is_in_step = False
+
+    def _refuse_if_broken(self) -> None:
+        if self._is_broken:
+            raise PrivacyError(
+                "an error stopped the backward pass of a micro-batch of this step. Going on without it would "
+                "leave records out, and whether it failed depends on them. Start again with make_private, "
+                "for example with smaller micro-batches: its ledger goes on."
+            )
+
+    def _refuse_moved_buffers(self) -> None:
+        now = _buffer_versions(self.grads.model)
+        moved = sorted(name for name in now if now[name] != self._buffers.get(name))
+        if moved:
+            raise PrivacyError(
+                f"buffer {moved[0]} changed in this step, and {len(moved) - 1} others. What a forward pass "
+                "on private records writes into the model has no noise and would be saved with it. Put the "
+                "module that keeps such statistics into evaluation mode, or replace it."
+            )
 
     def check(self, losses_of: Callable[[list[Any]], Tensor], examples: Sequence[Any]) -> float:
         """Compare with ordinary autograd, and each example with itself without its batch-mates.
@@ -334,10 +359,10 @@ def make_private(
     if sampler is None:
         assert sample_rate is not None
         sampler = PoissonSampler(len(records), sample_rate)
-    if isinstance(sampler, Sampler) and sampler.num_records != len(records):
+    if sampler.num_records != len(records):
         raise ValueError(
             f"the sampler draws from {sampler.num_records} records, but {len(records)} are given. Make it "
-            "with num_records=len(records)."
+            "with num_records=len(records), or with the user of each record in its order."
         )
     if steps is None:
         assert epochs is not None
@@ -365,6 +390,7 @@ def make_private(
             reportable_epsilon=noise.reportable_epsilon and sampler.reportable_epsilon,
             unit=sampler.describe().unit,
             sampler=sampler,
+            clipping=clipping,
         )
         opened = Ledger(ledger, header)
         try:
@@ -403,6 +429,16 @@ def _say_what_was_charged(ledger: Ledger) -> None:
             ledger.remaining_steps,
             ledger.steps_charged + ledger.remaining_steps,
         )
+
+
+def _buffer_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensor each buffer is that is saved with the model, and how often it was written to."""
+    versions: dict[str, tuple[int, int]] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                versions[f"{prefix}.{name}".lstrip(".")] = (id(buffer), buffer._version)
+    return versions
 
 
 def _split(drawn: Sequence[int] | Sequence[DrawnRecord], size: int) -> list[_MicroBatch]:

@@ -10,20 +10,22 @@ Dimensions: ``B`` samples, ``U`` privacy units, ``P`` trainable parameters.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from securetune.errors import PrivacyError
 from securetune.privacy.clipping import Clipping, FlatClipping
+from securetune.privacy.fused_update import FusedUpdate, why_not_fused
 from securetune.privacy.ledger import LedgerState
+from securetune.privacy.matrix_factorization import CorrelatedNoise, MatrixMechanism, WholeRunCharge
 from securetune.privacy.noise import Noise
 from securetune.privacy.per_sample import PerSampleGradients
+from securetune.privacy.reduction import Reduction, SingleProcess, add_noise
 from securetune_kernels import clip_and_accumulate
 
 GRADIENT_NOISE_STREAM = 0
-_NOISE_CHUNK = 1 << 24  # 64 MiB of noise at a time
 
 
 class Charges(Protocol):
@@ -37,41 +39,6 @@ class Charges(Protocol):
     def charge(self) -> int:
         """Charge one step durably, or raise if the budget is spent."""
         ...
-
-
-class Shard(NamedTuple):
-    """A part of the summed gradient that this process owns after the reduction.
-
-    Attributes:
-        values: 1-D, float32: entries ``[start, start + len(values))`` of the canonical flat vector.
-        start: Canonical flat index of the first entry: where its noise is addressed.
-    """
-
-    values: Tensor
-    start: int
-
-
-class Reduction(Protocol):
-    """How the sums of several processes become one, and which part of it each process owns."""
-
-    def reduce_sum(self, summed: Tensor) -> list[Shard]:
-        """Add the sums of all processes.
-
-        Args:
-            summed: ``[P]``, float32: this process' sum.
-
-        Returns:
-            The shards that this process updates; together the processes own every entry once.
-        """
-        ...
-
-
-class SingleProcess:
-    """One process owns everything."""
-
-    def reduce_sum(self, summed: Tensor) -> list[Shard]:
-        """Return the whole sum as one shard."""
-        return [Shard(summed, 0)]
 
 
 class OrdinaryStep:
@@ -111,18 +78,15 @@ class OrdinaryStep:
 
     def finish(self) -> None:
         """Update the parameters from the accumulated gradient and start the next step."""
-        self._update(self.summed.div_(self.expected_batch_size))
-
-    def _update(self, gradient: Tensor) -> None:
         _refuse_other_parameters(self.grads, self.optimizer)
+        whole = slice(0, self.grads.num_params)
+        gradient = self.summed.div_(self.expected_batch_size)
+        SingleProcess().assign(self.grads, self.optimizer, whole, gradient)
+        self._update()
+
+    def _update(self) -> None:
+        """Let the optimizer use the gradients that it was given, and forget them."""
         parameters, flat = self.grads.owned_by_optimizer
-        owns_flat = flat is not None and self.optimizer.param_groups[0]["params"][0] is flat
-        if flat is not None and owns_flat:
-            flat.grad = gradient.to(flat.dtype)
-        else:
-            for place in self.grads.parameters:
-                part = gradient[place.start : place.stop].view_as(place.parameter)
-                place.parameter.grad = part.to(place.parameter.dtype)
         self.optimizer.step()
         for parameter in [*parameters, *([] if flat is None else [flat])]:
             parameter.grad = None
@@ -147,11 +111,14 @@ class PrivateStep(OrdinaryStep):
         expected_batch_size: Public divisor of the noisy sum; never the number of samples drawn.
         noise: Position-addressed noise under a key of its own.
         ledger: Where every step is charged.
-        reduction: How several processes add up.
+        reduction: How several processes add up and share the work; one process when None.
+        fused: Noise and update in one sweep over memory. None does so on a GPU where the optimizer allows it:
+            AdamW or SGD over ``[grads.flat_params]``. The result is the same up to rounding.
 
     Raises:
-        PrivacyError: If a value is out of its range, the ledger was opened for another noise multiplier, or
-            the optimizer owns other parameters than the trainable ones.
+        PrivacyError: If a value is out of its range, the ledger was opened for another noise multiplier or
+            charges for noise of another kind, the noise belongs to another run, or the optimizer owns other
+            parameters than the trainable ones.
     """
 
     def __init__(
@@ -165,6 +132,7 @@ class PrivateStep(OrdinaryStep):
         noise: Noise,
         ledger: Charges,
         reduction: Reduction | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(grads, optimizer, expected_batch_size=expected_batch_size)
         if not noise_multiplier >= 0:
@@ -175,13 +143,22 @@ class PrivateStep(OrdinaryStep):
                 f"the ledger charges steps of noise_multiplier {charged}, the step would add noise of "
                 f"{noise_multiplier}. Give both the plan's."
             )
+        _refuse_other_noise(noise, ledger)
         self.clipping = clipping
         self.noise_multiplier = noise_multiplier
         self._group_of = clipping.assign(grads.parameter_names())
         clipping.noise_stddev(noise_multiplier)  # refuses before anything is charged
+        if isinstance(ledger, WholeRunCharge):
+            ledger.begin_run()
+        noise.begin_run()
         self._noise = noise
         self._ledger = ledger
         self._reduction = reduction or SingleProcess()
+        if fused and reduction is not None:
+            raise PrivacyError("fused=True is for one process. Leave it out, or leave out reduction.")
+        may_fuse = reduction is None and (self.summed.is_cuda if fused is None else fused)
+        is_possible = fused or why_not_fused(grads, optimizer, noise) is None
+        self._fused = FusedUpdate(grads, optimizer, noise) if may_fuse and is_possible else None
         self._steps_finished = 0
         self._public: Tensor | None = None  # [P], the weighted public gradient of this step
         self._private_ids: set[Hashable] = set()
@@ -242,31 +219,39 @@ class PrivateStep(OrdinaryStep):
         Raises:
             PrivacyError: If the planned budget is spent; nothing is released then.
         """
+        _refuse_other_parameters(self.grads, self.optimizer)
         step = self._steps_finished
         self._ledger.charge()
         self._steps_finished += 1
         stddev = self.clipping.noise_stddev(self.noise_multiplier)
-        for shard in self._reduction.reduce_sum(self.summed):
-            self._add_noise(shard, step, stddev)
+        is_fused = why_not_fused(self.grads, self.optimizer, self._noise) is None
+        if self._fused is not None and is_fused:  # hooks or options may have come since
+            self._fused(
+                self.summed,
+                step=step,
+                stream=GRADIENT_NOISE_STREAM,
+                stddev=stddev,
+                divisor=self.expected_batch_size,
+                public=self._public,
+            )
+        else:
+            self._release(step, stddev)
+            self._update()
         self.clipping.finish(self._noise, step=step, noise_multiplier=self.noise_multiplier)
-        gradient = self.summed.div_(self.expected_batch_size)
-        if self._public is not None:
-            gradient += self._public
-        self._update(gradient)
         self._public = None
         self._private_ids.clear()
         self._public_ids.clear()
 
-    def _add_noise(self, shard: Shard, step: int, stddev: float) -> None:
-        for start in range(0, len(shard.values), _NOISE_CHUNK):
-            values = shard.values[start : start + _NOISE_CHUNK]
-            values += self._noise.normal(
-                step=step,
-                stream=GRADIENT_NOISE_STREAM,
-                start=shard.start + start,
-                count=len(values),
-                stddev=stddev,
-            ).to(values)
+    def _release(self, step: int, stddev: float) -> None:
+        reduction = self._reduction
+        for layer in reduction.layers(self.grads.parameters):
+            shard = reduction.reduce_sum(layer, self.summed[layer])
+            address = reduction.address(layer, shard)
+            add_noise(shard, address, self._noise, step=step, stream=GRADIENT_NOISE_STREAM, stddev=stddev)
+            shard.div_(self.expected_batch_size)
+            if self._public is not None:
+                shard += reduction.reduce_sum(layer, self._public[layer])
+            reduction.assign(self.grads, self.optimizer, layer, shard)
 
     @staticmethod
     def _remember(own: set[Hashable], ids: Sequence[Hashable], others: set[Hashable]) -> None:
@@ -285,6 +270,27 @@ class PrivateStep(OrdinaryStep):
                 "into one."
             )
         own.update(ids)
+
+
+def _refuse_other_noise(noise: Noise, ledger: Charges) -> None:
+    """What is charged must be what is drawn: noise of its own for each step, or one mechanism for all."""
+    if ledger.state.header.reportable_epsilon and not noise.reportable_epsilon:
+        raise PrivacyError(
+            "the noise has a fixed key, for tests, so everybody can subtract it, but the ledger reports an "
+            "epsilon. Make the noise without a key, or open the ledger with reportable_epsilon=False."
+        )
+    drawn = noise.mechanism if isinstance(noise, CorrelatedNoise) else None
+    charged = ledger.mechanism if isinstance(ledger, WholeRunCharge) else None
+    if drawn != charged:
+        raise PrivacyError(
+            f"the noise is {_kind(drawn)}, but the ledger charges for {_kind(charged)}, so epsilon would be "
+            "wrong. CorrelatedNoise goes with the WholeRunCharge of its own mechanism; a NoiseSource goes "
+            "with the Ledger itself, which charges each step."
+        )
+
+
+def _kind(mechanism: MatrixMechanism | None) -> str:
+    return "independent at each step" if mechanism is None else f"that of {mechanism}"
 
 
 def _refuse_other_parameters(grads: PerSampleGradients, optimizer: torch.optim.Optimizer) -> None:
@@ -306,11 +312,4 @@ def _refuse_other_parameters(grads: PerSampleGradients, optimizer: torch.optim.O
         )
 
 
-__all__ = [
-    "GRADIENT_NOISE_STREAM",
-    "OrdinaryStep",
-    "PrivateStep",
-    "Reduction",
-    "Shard",
-    "SingleProcess",
-]
+__all__ = ["GRADIENT_NOISE_STREAM", "OrdinaryStep", "PrivateStep"]

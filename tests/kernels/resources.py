@@ -18,11 +18,27 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 ALIGNED = [["tt.divisibility", 16]]
 CLIP = "securetune_kernels.clip_and_accumulate.triton_kernels"
+NOISE = "securetune_kernels.gaussian_noise.triton_kernels"
+STEP = "securetune_kernels.noisy_step.triton_kernels"
 PGD = "securetune_kernels.pgd_step.triton_kernels"
+LINEAR_NORMS = "securetune_kernels.linear_grad_norms.triton_kernels"
+LINEAR_SUM = "securetune_kernels.clipped_linear_grad.triton_kernels"
+# How products on tensor cores are spelled in each chip's assembly, the best first: tiles of fewer than 64
+# rows run on the instructions of older chips.
+TENSOR_CORE_WORDS = {
+    "sm_80": ("HMMA",),
+    "sm_90": ("HGMMA", "HMMA"),
+    "sm_100": ("UTCHMMA", "HMMA"),
+    "gfx942": ("v_mfma",),
+}
+AMD_STAGES = 2  # as the ops choose there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +50,10 @@ class Variant:
     label: str
     tensors: dict[str, str]  # pointer arguments, all 16-byte aligned
     numbers: dict[str, str]  # other arguments
-    constants: dict[str, int | bool]
+    constants: dict[str, Any]
     num_warps: int
+    num_stages: int | None = None  # None: the compiler's default
+    aligned_numbers: tuple[str, ...] = ()  # multiples of 16, so that rows are read in whole vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +66,8 @@ class Resources:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    tensor_core_instructions: int
+    tensor_core_word: str
 
 
 def variants() -> Iterator[Variant]:
@@ -74,7 +94,59 @@ def variants() -> Iterator[Variant]:
         {"num_splits": "i32", "valid_stride": "i32", "max_grad_norm": "fp32"},
         {"HAS_VALID": True, "BLOCK_SPLITS": clip.MAX_SPLITS}, 4,
     )  # fmt: skip
+    yield from _noise_variants()
+    yield from _step_variants()
     yield from _pgd_variants()
+    yield from _linear_variants()
+
+
+def _noise_variants() -> Iterator[Variant]:
+    noise = importlib.import_module(NOISE)
+    for is_chacha, has_coefficients, summands in (
+        (True, False, 1),
+        (True, True, 1),
+        (True, False, 4),
+        (False, False, 1),
+    ):
+        name = "ChaCha20" if is_chacha else "Philox"
+        bands = ", coefficients" if has_coefficients else ""
+        yield Variant(
+            NOISE, "_gaussian_noise_kernel", f"{name}{bands}, {summands} summand(s)",
+            {"out_ptr": "*fp32", "key_ptr": "*i32", "step_ptr": "*i64", "coefficients_ptr": "*fp32"},
+            {"start": "i64", "count": "i32", "stream": "i32", "stddev": "fp32", "num_coefficients": "i32"},
+            {"IS_CHACHA": is_chacha, "HAS_COEFFICIENTS": has_coefficients, "SUMMANDS": summands,
+             "BLOCK": noise.BLOCK}, noise.NUM_WARPS,
+        )  # fmt: skip
+
+
+def _step_variants() -> Iterator[Variant]:
+    import triton.language as tl
+
+    step = importlib.import_module(STEP)
+    vectors = ("summed_ptr", "public_ptr", "masters_ptr")
+    tensors = {"chunks_ptr": "*i64", **dict.fromkeys(vectors, "*fp32"), "key_ptr": "*i32", "step_ptr": "*i64"}
+    numbers = {
+        "num_chunks": "i32", "stream": "i32", "rounding_stream": "i32",
+        **dict.fromkeys(("stddev", "divisor", "learning_rate", "decay"), "fp32"),
+    }  # fmt: skip
+    for param, kind in (
+        (tl.float32, "fp32"), (tl.bfloat16, "bf16, masters"), (tl.bfloat16, "bf16, rounded at random"),
+    ):  # fmt: skip
+        constants = {
+            "PARAM": param, "IS_CHACHA": True, "SUMMANDS": 1, "HAS_PUBLIC": True,
+            "HAS_MASTERS": "masters" in kind, "IS_RANDOM": "random" in kind, "BLOCK": step.CHUNK // 8,
+        }  # fmt: skip
+        yield Variant(
+            STEP, "_noisy_adamw_kernel", kind,
+            {**tensors, "exp_avg_ptr": "*fp32", "exp_avg_sq_ptr": "*fp32", "corrections_ptr": "*fp32"},
+            {**numbers, **dict.fromkeys(("beta1", "beta2", "eps", "noise_variance"), "fp32")},
+            {**constants, "IS_DP_CORRECTED": True}, step.NUM_WARPS,
+        )  # fmt: skip
+        yield Variant(
+            STEP, "_noisy_sgd_kernel", kind, {**tensors, "momentum_ptr": "*fp32"},
+            {**numbers, "momentum": "fp32"}, {**constants, "HAS_MOMENTUM": True, "IS_NESTEROV": True},
+            step.NUM_WARPS,
+        )  # fmt: skip
 
 
 def _pgd_variants() -> Iterator[Variant]:
@@ -115,6 +187,59 @@ def _pgd_variants() -> Iterator[Variant]:
     )  # fmt: skip
 
 
+def _linear_variants() -> Iterator[Variant]:
+    norms, total = importlib.import_module(LINEAR_NORMS), importlib.import_module(LINEAR_SUM)
+    sizes = dict.fromkeys(("num_tokens", "num_inputs", "num_outputs"), "i32")
+    token_strides = tuple(f"{x}_{kind}_stride" for x in ("a", "g") for kind in ("unit", "token"))
+    aligned = ("num_inputs", "num_outputs", *token_strides)
+    strides = dict.fromkeys(token_strides, "i32")
+    fixed = {"a_stride": 1, "g_stride": 1, "HAS_SEGMENTS": True}
+    for dtype in ("bf16", "fp32"):
+        torch_dtype = _torch_dtype(dtype)
+        factors = {"a_ptr": f"*{dtype}", "g_ptr": f"*{dtype}", "cu_seqlens_ptr": "*i32"}
+        for tokens in (32, 64, 128) if dtype != "fp32" else (32, 64):
+            tile = norms.gram_tile(tokens, torch_dtype)
+            yield Variant(
+                LINEAR_NORMS, "_gram_kernel", f"{dtype}, {tile.rows} x {tile.cols} x {tile.depth}",
+                {**factors, "squares_ptr": "*fp32", "lengths_ptr": "*fp32"},
+                {**sizes, "num_tiles": "i32", "num_blocks": "i32", **strides},
+                {**fixed, "BLOCK_T": tile.rows, "BLOCK_K": tile.depth, "WIDEN": False},
+                tile.num_warps, tile.num_stages, aligned,
+            )  # fmt: skip
+        tile = norms.product_tile(torch_dtype)
+        blocks = {"BLOCK_P": tile.rows, "BLOCK_D": tile.cols, "WIDEN": False}
+        yield Variant(
+            LINEAR_NORMS, "_direct_kernel", f"{dtype}, {tile.rows} x {tile.cols} x {tile.depth}",
+            {**factors, "squares_ptr": "*fp32"}, {**sizes, "num_tiles": "i32", **strides},
+            {**fixed, **blocks, "BLOCK_T": tile.depth}, tile.num_warps, tile.num_stages, aligned,
+        )  # fmt: skip
+        yield Variant(
+            LINEAR_NORMS, "_lengths_kernel", dtype, {**factors, "lengths_ptr": "*fp32"},
+            {**sizes, "num_blocks": "i32", **strides},
+            {**fixed, "BLOCK_T": norms.NORM_TOKENS, "BLOCK_K": norms.NORM_FEATURES}, norms.NORM_WARPS,
+            aligned_numbers=aligned,
+        )  # fmt: skip
+        for tokens in (16, 512):
+            tile = total.sum_tile(tokens, torch_dtype)
+            yield Variant(
+                LINEAR_SUM, "_clipped_product_kernel", f"{dtype}, {tile.rows} x {tile.cols} x {tile.depth}",
+                {**factors, "factors_ptr": "*fp32", "out_ptr": "*fp32"},
+                {**sizes, "num_units": "i32", **strides, "out_row_stride": "i32"},
+                {**fixed, **blocks, "factor_stride": 1, "out_col_stride": 1, "BLOCK_T": tile.depth,
+                 "GROUP": total.GROUP_ROWS},
+                tile.num_warps, tile.num_stages, (*aligned, "out_row_stride"),
+            )  # fmt: skip
+    yield Variant(
+        LINEAR_NORMS, "_add_up_kernel", f"{norms.BLOCK_PARTIALS} tiles",
+        {"partials_ptr": "*fp32", "out_ptr": "*fp32"}, {"num_partials": "i32"},
+        {"BLOCK": norms.BLOCK_PARTIALS}, 4,
+    )  # fmt: skip
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
 def compile_variant(variant: Variant, target: str) -> Resources:
     """Compile one variant for one target and read what it needs."""
     import triton
@@ -132,31 +257,40 @@ def compile_variant(variant: Variant, target: str) -> Resources:
         function,
         {name: types[name] for name in names},
         {(names.index(name),): value for name, value in variant.constants.items()},
-        {(names.index(name),): ALIGNED for name in variant.tensors},
+        {(names.index(name),): ALIGNED for name in (*variant.tensors, *variant.aligned_numbers)},
     )
     is_amd = target.startswith("gfx")
     chip = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=chip, options={"num_warps": variant.num_warps})
-    read = _amd_registers if is_amd else _nvidia_registers
-    registers, spilled = read(compiled.asm)
-    return Resources(variant.kernel, variant.label, target, registers, spilled, compiled.metadata.shared)
+    options = {"num_warps": variant.num_warps}
+    if variant.num_stages is not None:
+        options["num_stages"] = min(variant.num_stages, AMD_STAGES) if is_amd else variant.num_stages
+    compiled = triton.compile(source, target=chip, options=options)
+    read = _read_amd if is_amd else _read_nvidia
+    registers, spilled, assembly = read(compiled.asm)
+    words = {word: len(re.findall(rf"\b{word}", assembly)) for word in TENSOR_CORE_WORDS[target]}
+    word = next((word for word, count in words.items() if count), "")
+    return Resources(
+        variant.kernel, variant.label, target, registers, spilled, compiled.metadata.shared,
+        words.get(word, 0), word,
+    )  # fmt: skip
 
 
-def _nvidia_registers(asm) -> tuple[int, int]:
+def _read_nvidia(asm) -> tuple[int, int, str]:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        text, assembly = (
+            subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("--dump-resource-usage", "--dump-sass")
+        )
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], assembly
 
 
-def _amd_registers(asm) -> tuple[int, int]:
+def _read_amd(asm) -> tuple[int, int, str]:
     text = asm["amdgcn"]
     usage = {
         name: int(value)
@@ -165,11 +299,11 @@ def _amd_registers(asm) -> tuple[int, int]:
     spilled = (
         4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"]) + usage["private_segment_fixed_size"]
     )
-    return usage["vgpr_count"], spilled
+    return usage["vgpr_count"], spilled, text
 
 
 def markdown(rows: list[Resources]) -> str:
-    """Return one line per variant, one column per target: registers, and shared memory where there is any."""
+    """Return one line per variant, one column per target: registers, shared memory, tensor cores."""
     lines = ["| kernel | variant | " + " | ".join(TARGETS) + " |", "|---|---|" + "---|" * len(TARGETS)]
     by_variant: dict[tuple[str, str], dict[str, Resources]] = {}
     for row in rows:
@@ -179,7 +313,9 @@ def markdown(rows: list[Resources]) -> str:
         for target in TARGETS:
             found = targets[target]
             spilled = f" **{found.spilled_bytes} B spilled**" if found.spilled_bytes else ""
-            cells.append(f"{found.registers} / {found.shared_bytes} B{spilled}")
+            products = found.tensor_core_instructions
+            tensor_cores = f" / {products} {found.tensor_core_word}" if products else ""
+            cells.append(f"{found.registers} / {found.shared_bytes} B{tensor_cores}{spilled}")
         lines.append(f"| `{kernel}` | {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -17,6 +17,8 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 # Three blocks of 128 threads still fit a multiprocessor (65,536 registers), each with 16 KiB of loads in
 # flight.
 REGISTER_LIMIT = 160
+# A tile of a product keeps its sums in registers: one block of 256 threads at 255 registers fits.
+PRODUCT_KERNELS = {"_gram_kernel", "_direct_kernel", "_clipped_product_kernel"}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,21 @@ def test_shared_memory_is_within_the_chips_limit(resources):
 
 
 def test_registers_leave_room_for_many_warps(resources):
-    assert offenders(resources, lambda row: row["registers"] > REGISTER_LIMIT) == []
+    others = [row for row in resources if row["kernel"] not in PRODUCT_KERNELS]
+    assert offenders(others, lambda row: row["registers"] > REGISTER_LIMIT) == []
+
+
+def test_half_precision_products_run_on_tensor_cores(resources):
+    products = [row for row in resources if row["kernel"] in PRODUCT_KERNELS and "fp32" not in row["label"]]
+    assert {row["kernel"] for row in products} == PRODUCT_KERNELS
+    assert offenders(products, lambda row: row["tensor_core_instructions"] == 0) == []
+
+
+def test_large_tiles_use_the_chips_own_tensor_core_instructions(resources):
+    best = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+    large = [row for row in resources if row["kernel"] in PRODUCT_KERNELS and "128 x 128" in row["label"]]
+    assert large
+    assert offenders(large, lambda row: row["tensor_core_word"] != best[row["target"]]) == []
 
 
 def test_every_kernel_is_compiled_for_every_target(resources):

@@ -124,6 +124,11 @@ class TestFinishedRun:
         report = json.loads((folder / "published" / "report.json").read_text())
         assert all(not item["private_statistic"] for item in report["evidence"])
         assert not [item for item in report["evidence"] if item["metric"].startswith("membership")]
+        assert not [item for item in report["evidence"] if item["metric"] == "memorisation_gap"]
+        internal = json.loads((folder / "report.json").read_text())["evidence"]
+        gaps = [item for item in internal if item["metric"] == "memorisation_gap"]
+        assert [item["subject"] for item in gaps] == ["base", "plain", "hardened"]
+        assert all(item["private_statistic"] and item["interval"] for item in gaps)
         assert not [item for item in report["evidence"] if item["subject"] == "plain"]
         assert report["curves"]["roc"] == []
         assert all(curve["loss"] is None for curve in report["curves"]["training"])

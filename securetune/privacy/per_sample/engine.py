@@ -61,6 +61,7 @@ class PerSampleGradients:
         self.passes = passes
         self.parameters = _trainable_parameters(model)
         self._place = {id(place.parameter): place for place in self.parameters}
+        self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.paths = find_paths(model, self)
         self.num_params = self.parameters[-1].stop
         first = self.parameters[0].parameter
@@ -158,6 +159,7 @@ class PerSampleGradients:
 
     def _run(self, losses: Tensor, taker: Taker | None, *, retain_graph: bool = False) -> None:
         """Run one backward pass that records, with a proof before the first of its kind."""
+        self._refuse_unfrozen()
         self._refuse_leftover_gradients("before the pass")
         self._recording = True
         try:
@@ -313,13 +315,12 @@ class PerSampleGradients:
             return
         if grads.shape[0] != self._rows:
             raise _not_by_sample(name, grads.shape[0], self._rows)
-        columns = self.row_slice(place)
-        if (
-            place.index in self._written
-        ):  # the module ran more than once in this forward: its gradients add up
-            columns += grads.flatten(1)
+        columns = self.row_slice(place).unflatten(1, grads.shape[1:] or (1,))
+        grads = grads.view(columns.shape) if grads.ndim == 1 else grads
+        if place.index in self._written:  # the module ran more than once in this forward
+            columns += grads
         else:
-            columns.copy_(grads.flatten(1))
+            columns.copy_(grads)
             self._written.add(place.index)
 
     def _uses(self, place: TrainableParameter, name: str) -> _Uses:
@@ -451,6 +452,15 @@ class PerSampleGradients:
                 f"{name}, so no sample's gradient is its own. Causes: batch statistics, in-batch negatives, "
                 "a balance loss of experts, or an input that is not batch-first. Remove the coupling or "
                 "freeze the layer."
+            )
+
+    def _refuse_unfrozen(self) -> None:
+        unfrozen = [name for name, parameter in self._frozen if parameter.requires_grad]
+        if unfrozen:
+            raise PrivacyError(
+                f"{unfrozen[0]} was unfrozen after PerSampleGradients was made, and {len(unfrozen) - 1} "
+                "others: it would train without clipping and without noise. Freeze it again, or unfreeze it "
+                "before."
             )
 
     def _refuse_leftover_gradients(self, when: str) -> None:

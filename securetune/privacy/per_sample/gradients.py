@@ -10,7 +10,6 @@ Dimensions: ``B`` samples, ``U`` privacy units, ``G`` clipping groups, ``T`` pos
     ``p`` output features, ``P`` trainable parameters.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-# Sums over blocks of this many columns: one float32 sum over millions of entries loses digits on a CPU.
-_BLOCK_COLUMNS = 4096
+from securetune_kernels import clipped_linear_grad, linear_grad_norms
+from securetune_kernels.numerics import full_precision, row_squared_norms
+
 # A norm taken from factors is a sum of products that may cancel, so its rounding error is relative to
 # the sum of their magnitudes. So many units in the last place of that sum are added, which makes the norm an
 # upper bound.
@@ -178,10 +178,10 @@ class BatchGradients:
         with full_precision():
             for sample in range(self.num_samples):
                 keep = torch.tensor([sample], device=rows.device)
-                ones = rows.new_ones(self.num_samples)
+                weights = rows.new_zeros(self.num_samples).index_fill_(0, keep, 1.0)
                 for index, uses in self._factored.items():
                     place = self._parameters[index]
-                    _accumulate_factored(uses, keep, ones, rows[sample, place.start : place.stop])
+                    _accumulate_factored(uses, keep, weights, rows[sample, place.start : place.stop])
         return rows
 
     def _sum_by_unit(self, rows: Tensor) -> Tensor:
@@ -189,13 +189,13 @@ class BatchGradients:
             return rows
         return rows.new_zeros(self.num_units, rows.shape[1]).index_add_(0, self.unit_index, rows)
 
-    def _joined(self, uses: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    def _joined(self, uses: Sequence[tuple[Tensor, ...]], *, widen: bool = True) -> list[Tensor]:
         """Join all uses along ``T``, and the samples of a unit too: ``[U, M T, ...]``, padded with zeros."""
         tensors: list[Tensor] = []
         for position in range(len(uses[0])):
             parts = [use[position] for use in uses]
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            tensors.append(whole.to(self._rows.dtype) if whole.is_floating_point() else whole)
+            tensors.append(whole.to(self._rows.dtype) if widen and whole.is_floating_point() else whole)
         if not self._has_joint_units:
             return tensors
         order = torch.argsort(self.unit_index, stable=True)
@@ -217,9 +217,10 @@ class BatchGradients:
             return routed_squared_norms(*self._joined(uses.routed))
         if not uses.dense:
             return lookup_squared_norms(*self._joined(uses.lookups))
-        a, g = self._joined(uses.dense)
         if not uses.lookups:
-            return dense_squared_norms(a, g)
+            is_wide = self._rows.dtype == torch.float64
+            return dense_squared_norms(*self._joined(uses.dense, widen=is_wide))
+        a, g = self._joined(uses.dense)
         ids, lookup_g = self._joined(uses.lookups)
         total = dense_squared_norms(a, g) + lookup_squared_norms(ids, lookup_g)
         lengths = _lengths(a, g) + torch.linalg.vector_norm(lookup_g, dim=2).sum(1)
@@ -252,26 +253,8 @@ class _ColumnRun:
     group: int
 
 
-def row_squared_norms(rows: Tensor) -> Tensor:
-    """Square each row's L2 norm in blocks, so that float32 keeps its digits over millions of columns.
-
-    Args:
-        rows: ``[B, R]``, float32 or float64.
-
-    Returns:
-        ``[B]``, same dtype.
-    """
-    blocks = rows.shape[1] // _BLOCK_COLUMNS
-    split = blocks * _BLOCK_COLUMNS
-    norms = torch.linalg.vector_norm(rows[:, split:], dim=1).square()
-    if blocks:
-        parts = torch.linalg.vector_norm(rows[:, :split].unflatten(1, (blocks, _BLOCK_COLUMNS)), dim=2)
-        norms = norms + torch.linalg.vector_norm(parts, dim=1).square()
-    return norms
-
-
 def dense_squared_norms(a: Tensor, g: Tensor) -> Tensor:
-    """Square the norm of ``g_i^T a_i`` for every ``i``, by the cheaper of two ways.
+    """Square the norm of ``g_i^T a_i`` for every ``i``, rounded up.
 
     Args:
         a: ``[U, T, d]``: inputs of a dense layer.
@@ -281,16 +264,8 @@ def dense_squared_norms(a: Tensor, g: Tensor) -> Tensor:
         ``[U]``: an upper bound of the squared norms that is tight up to a few units in the last place of the
             sum of the products' magnitudes.
     """
-    tokens, d, p = a.shape[1], a.shape[2], g.shape[2]
-    if tokens == 1:
-        return a.flatten(1).square().sum(1) * g.flatten(1).square().sum(1)
-    if tokens * (d + p) >= d * p:  # the gradient itself costs less than the Gram matrices
-        small, large = (a, g) if d <= p else (g, a)
-        squares = row_squared_norms(torch.bmm(small.transpose(1, 2), large).flatten(1))
-        return squares + _slack(_lengths(a, g))
-    gram_a, gram_g = torch.bmm(a, a.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
-    lengths = (_diagonal(gram_a) * _diagonal(gram_g)).sqrt().sum(1)
-    return torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1)).clamp_min(0) + _slack(lengths)
+    squared, lengths, rounding = linear_grad_norms(*_of_one_dtype(a, g))
+    return (squared * (1 + rounding) if rounding else squared) + _slack(lengths)
 
 
 def routed_squared_norms(a: Tensor, g: Tensor, expert: Tensor) -> Tensor:
@@ -358,20 +333,14 @@ def _cross_products(a: Tensor, g: Tensor, ids: Tensor, lookup_g: Tensor) -> Tens
 
 
 def _accumulate_factored(uses: _Uses, keep: Tensor, weights: Tensor, out: Tensor) -> None:
-    """Add a parameter's gradient, summed over the rows in ``keep`` with weights, to ``out [p * d]``."""
+    """Add a parameter's gradient, summed with ``weights [B]``, to ``out [p * d]``; ``keep``: not zero."""
+    for a, g in uses.dense:
+        clipped_linear_grad(*_of_one_dtype(a, g), weights, out.view(g.shape[2], a.shape[2]))
     everything = len(keep) == len(weights)
     weights = (weights if everything else weights[keep]).to(out.dtype)
     if uses.written is not None:
         rows = uses.written if everything else uses.written[keep]
         out.addmv_(rows.t().to(out.dtype), weights)
-    for a, g in uses.dense:
-        a, g = (a, g) if everything else (a[keep], g[keep])
-        a, g = a.to(out.dtype), g.to(out.dtype)
-        if a.shape[2] <= g.shape[2]:
-            a = a * weights[:, None, None]
-        else:
-            g = g * weights[:, None, None]
-        out.view(g.shape[2], a.shape[2]).addmm_(g.flatten(0, 1).t(), a.flatten(0, 1))
     for a, g, expert in uses.routed:
         a, g, expert = (a, g, expert) if everything else (a[keep], g[keep], expert[keep])
         a, g = a.to(out.dtype), g.to(out.dtype) * weights[:, None, None]
@@ -384,6 +353,11 @@ def _accumulate_factored(uses: _Uses, keep: Tensor, weights: Tensor, out: Tensor
         out.view(-1, g.shape[2]).index_add_(0, ids.flatten(), weighted.flatten(0, 1))
 
 
+def _of_one_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(a.dtype, g.dtype)
+    return a.to(dtype), g.to(dtype)
+
+
 def _lengths(a: Tensor, g: Tensor) -> Tensor:
     """Sum the norms of the positions' gradients, as if none cancelled: ``[U]``."""
     return torch.linalg.vecdot(torch.linalg.vector_norm(a, dim=2), torch.linalg.vector_norm(g, dim=2))
@@ -391,24 +365,6 @@ def _lengths(a: Tensor, g: Tensor) -> Tensor:
 
 def _slack(lengths: Tensor) -> Tensor:
     return _GRAM_SLACK_ULPS * torch.finfo(lengths.dtype).eps * lengths.square()
-
-
-def _diagonal(gram: Tensor) -> Tensor:
-    return gram.diagonal(dim1=1, dim2=2).clamp_min(0)
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Compute float32 products in float32: TF32 and bfloat16 shortcuts would loosen the clipping."""
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
 
 
 def flat_size(parameters: Sequence[TrainableParameter]) -> int:

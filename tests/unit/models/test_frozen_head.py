@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from securetune.models import frozen_head
 from securetune.models.frozen_head import frozen_head_losses
 
 
@@ -25,6 +26,42 @@ def test_losses_and_gradients_are_those_of_autograd(rows, with_bias, smoothing):
     torch.testing.assert_close(losses, expected)
     (grad,) = torch.autograd.grad(losses, hidden, upstream)
     torch.testing.assert_close(grad, torch.autograd.grad(expected, hidden, upstream)[0])
+
+
+@pytest.mark.parametrize(("block_words", "block_rows"), [(1, 1), (5, 64), (36, 7), (37, 50), (64, 49)])
+def test_any_block_size_gives_the_same_result(monkeypatch, block_words, block_rows):
+    monkeypatch.setattr(frozen_head, "_BLOCK_WORDS", block_words)
+    monkeypatch.setattr(frozen_head, "_BLOCK_ROWS", block_rows)
+    hidden, weight, bias, targets = inputs(50, with_bias=True)
+    expected = F.cross_entropy(
+        F.linear(hidden * 30, weight, bias), targets, reduction="none", label_smoothing=0.1
+    )
+    losses = frozen_head_losses(hidden * 30, weight, bias, targets, label_smoothing=0.1)
+    torch.testing.assert_close(losses, expected)
+    (grad,) = torch.autograd.grad(losses.sum(), hidden)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), hidden)[0])
+
+
+def test_words_that_a_bias_rules_out_do_not_spoil_the_rest(monkeypatch):
+    monkeypatch.setattr(frozen_head, "_BLOCK_WORDS", 5)
+    hidden, weight, bias, _ = inputs(8, with_bias=True)
+    bias[:10] = -torch.inf
+    targets = torch.full((8,), 20)
+    expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
+    losses = frozen_head_losses(hidden, weight, bias, targets)
+    torch.testing.assert_close(losses, expected)
+    (grad,) = torch.autograd.grad(losses.sum(), hidden)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), hidden)[0])
+
+
+def test_a_row_that_is_not_finite_leaves_the_others_alone():
+    hidden, weight, bias, targets = inputs(6, with_bias=True)
+    alone = frozen_head_losses(hidden[1:], weight, bias, targets[1:])
+    spoiled = hidden.detach().clone()
+    spoiled[0] = torch.nan
+    losses = frozen_head_losses(spoiled, weight, bias, targets)
+    assert losses[0].isnan()
+    torch.testing.assert_close(losses[1:], alone)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

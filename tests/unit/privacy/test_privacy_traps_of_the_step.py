@@ -130,7 +130,8 @@ def test_trap_25_noise_and_sum_of_a_bfloat16_model_are_float32():
     assert relative_error(step.summed, 600 * one) < 1e-4
     step.summed.zero_()
     seen = []
-    step._update = lambda gradient: seen.append(gradient.clone())  # before it is rounded to the parameters
+    # before it is rounded to the parameters
+    step._reduction.assign = lambda _grads, _optimizer, _layer, shard: seen.append(shard.clone())
     step.finish()
     assert seen[0].dtype == torch.float32
     assert len(seen[0].unique()) > 0.99 * engine.num_params
@@ -209,6 +210,17 @@ def test_trap_31_optimizer_must_own_the_trainable_parameters_and_nothing_else(wh
         model.places.requires_grad_(True)
     with pytest.raises(PrivacyError, match="would train without noise"):
         step.finish()
+
+
+def test_trap_31_parameter_unfrozen_later_is_refused_whoever_owns_it():
+    model = small_model(tied=True)
+    model.places.requires_grad_(False)
+    engine = PerSampleGradients(model)
+    engine.backward(small_losses(model, some_ids()))
+    model.places.requires_grad_(True)  # for an optimizer of its own, say
+    with pytest.raises(PrivacyError, match=r"places\.weight was unfrozen"):
+        engine.backward(small_losses(model, some_ids()))
+    assert model.places.weight.grad is None
 
 
 def test_trap_32_frozen_parameters_do_not_move_under_weight_decay_and_noise():

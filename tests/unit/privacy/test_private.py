@@ -243,6 +243,23 @@ def test_each_step_takes_a_sample_of_its_own(tmp_path):
     assert drawn[0] != drawn[1]
 
 
+@pytest.mark.parametrize("unit", ["record", "user"])
+def test_two_runs_with_one_sampler_share_no_sample(tmp_path, unit):
+    sampler, drawn = PoissonSampler(N, 0.5, KEY), []
+    for run in range(2):
+        given = sampler
+        if unit == "user":
+            given = UserSampler([str(index) for index in range(N)], sampler, max_records_per_user=1)
+        private = private_run(tmp_path, data=list(range(N)), sampler=given, ledger=tmp_path / f"{run}.jsonl")
+        for batches in private.steps(micro_batch_size=N, collate_fn=list):
+            drawn.append(next(batches, []))
+            private.backward(
+                private.grads.model(torch.ones(len(drawn[-1]), D, dtype=torch.float64)).sum(dim=1)
+            )
+            private.step()
+    assert drawn == [sampler.draw(step) for step in range(6)]
+
+
 def test_truncated_sampling_and_other_clippings_reach_the_ledger(tmp_path):
     private = private_run(
         tmp_path, sampler=TruncatedPoissonSampler(N, 0.5, 8), max_grad_norm=PerLayerClipping(2.0)
@@ -296,6 +313,30 @@ def test_micro_batch_left_out_is_refused(tmp_path):
     assert private.ledger.steps_charged == 0
 
 
+def out_of_memory(losses, unit_ids):
+    raise RuntimeError("out of memory")
+
+
+def test_micro_batch_whose_backward_fails_is_not_left_out(tmp_path, monkeypatch):
+    """Loops catch errors such as a lack of memory and go on; whether one comes depends on the records."""
+    model = tiny_net()
+    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
+    batches = next(private.steps(micro_batch_size=4))
+    batch = next(batches)
+    losses = losses_of(model, batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(private.grads, "backward", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            private.backward(losses)
+    with pytest.raises(PrivacyError, match="leave records out"):
+        next(batches)
+    with pytest.raises(PrivacyError, match="leave records out"):
+        private.step()
+    with pytest.raises(PrivacyError, match="leave records out"):  # part of it may be in the sum
+        private.backward(losses_of(model, batch))
+    assert private.ledger.steps_charged == 0
+
+
 def test_step_that_is_not_finished_is_refused(tmp_path):
     steps = private_run(tmp_path).steps(micro_batch_size=4)
     next(steps)
@@ -327,6 +368,40 @@ def test_check_finds_a_divisor_counted_over_the_batch(tmp_path):
     assert private.check(lambda rows: losses_of(model, collate(rows)), examples) < 1e-9
     with pytest.raises(PrivacyError, match="batch-mates"):
         private.check(lambda rows: losses_of(model, collate(rows)) / len(rows), examples)
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean of its inputs, as normalisation layers of some libraries do."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.linear = how, nn.Linear(D, K).double()
+        self.register_buffer("mean", torch.zeros(D, dtype=torch.float64), persistent=how != "not saved")
+
+    def forward(self, x):
+        if self.training and self.how == "assigned":
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(dim=0)
+        elif self.training:
+            self.mean.lerp_(x.detach().mean(dim=0), 0.1)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("how", ["in place", "assigned"])
+def test_trap_30_statistics_of_private_records_in_a_buffer_are_refused(tmp_path, how):
+    model = nn.Sequential(Averaging(how))
+    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
+    with pytest.raises(PrivacyError, match=r"buffer 0\.mean changed"):
+        train(private, model)
+    assert private.ledger.steps_charged == 0
+
+
+@pytest.mark.parametrize("how", ["in place", "not saved"])
+def test_buffers_that_stay_or_are_not_saved_are_allowed(tmp_path, how):
+    model = nn.Sequential(Averaging(how)).train(how == "not saved")
+    private = private_run(tmp_path, model)
+    model.load_state_dict(model.state_dict())  # of a checkpoint: between two steps a buffer may change
+    train(private, model)
+    assert private.ledger.steps_charged == 3
 
 
 def test_public_gradient_is_added_without_noise_or_clipping(tmp_path):
@@ -361,6 +436,10 @@ def test_refused_arguments_leave_the_model_as_it_was(tmp_path):
         ({"sample_rate": None}, "either sample_rate or sampler"),
         ({"epochs": 2}, "either steps or epochs"),
         ({"sampler": PoissonSampler(N + 1, 0.5)}, "draws from 13 records, but 12"),
+        (
+            {"sampler": UserSampler("ABCDEF", PoissonSampler(6, 0.5), max_records_per_user=1)},
+            "draws from 6 records, but 12",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, options, message):

@@ -9,6 +9,7 @@ from safetensors.torch import load
 from securetune.config.loader import load_recipe
 from securetune.models.base import load_base
 from securetune.privacy.accounting import epsilon_spent
+from securetune.privacy.adaptive_clipping import AdaptiveClipping
 from securetune.privacy.ledger import read_ledger
 from securetune.training import finetune
 from securetune.training.access import prepare_access
@@ -190,3 +191,44 @@ def test_training_without_early_stopping_is_as_it_was(workshop, monkeypatch):
     assert run.steps == [1, 2, 3, 4, 5]
     assert run.ledger.release_epsilons == (4.0,)
     assert not any("validation_score" in line for line in run.run.read_metrics())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "relation"),
+    [
+        ({"sampling": "truncated_poisson", "max_batch_size": 60}, "zero out one"),
+        ({"sampling": "fixed_size", "sample_rate": 48 / 400}, "replace one"),
+    ],
+)
+def test_samplers_with_a_public_number_of_places(workshop, monkeypatch, sampling, relation):
+    privacy = {**RECIPE["privacy"], "num_units": 400, **sampling}
+    name = sampling["sampling"]
+    run = Run(workshop, monkeypatch, name, stopping={"method": "none"}, privacy=privacy, publish={})
+    run.go()
+    header = run.ledger.header
+    assert (header.num_records, header.neighbouring_relation) == (400, relation)
+    assert run.ledger.epsilon() <= 8.0
+    drawn = [line["num_samples"] for line in run.run.read_metrics()]
+    assert max(drawn) <= header.max_batch_size
+
+
+def test_a_resumed_run_goes_on_with_the_thresholds_it_had_learned(workshop, monkeypatch):
+    privacy = {**RECIPE["privacy"], "clipping": {"mode": "adaptive"}}
+    run = Run(workshop, monkeypatch, "adaptive", stopping={"method": "none"}, privacy=privacy, publish={})
+    loaded = []
+    load_state = AdaptiveClipping.load_state_dict
+
+    def noting(clipping, state):
+        loaded.append(state["thresholds"])
+        load_state(clipping, state)
+
+    with pytest.raises(Killed):
+        run.go(kill_after=2)
+    monkeypatch.setattr(AdaptiveClipping, "load_state_dict", noting)
+    run.go()
+    (thresholds,) = loaded
+    assert thresholds["all"] != 1.0
+    assert run.steps == [1, 2, 3, 4, 5]
+    assert run.ledger.header.clipping == "adaptive"
+    assert run.ledger.epsilon() <= 8.0
+    assert all(0 <= line["clipped_fraction"] <= 1 for line in run.run.read_metrics())

@@ -1,0 +1,42 @@
+"""Float32 sums and products that keep their digits, for the ops' PyTorch paths and for callers of the ops."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Sums over blocks of this many columns: one float32 sum over millions of entries loses digits on a CPU.
+BLOCK_COLUMNS = 4096
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32: TF32 and bfloat16 shortcuts would loosen the clipping."""
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+def row_squared_norms(rows: Tensor) -> Tensor:
+    """Square each row's L2 norm in blocks, so that float32 keeps its digits over millions of columns.
+
+    Args:
+        rows: ``[B, R]``, float32 or float64.
+
+    Returns:
+        ``[B]``, same dtype.
+    """
+    blocks = rows.shape[1] // BLOCK_COLUMNS
+    split = blocks * BLOCK_COLUMNS
+    norms = torch.linalg.vector_norm(rows[:, split:], dim=1).square()
+    if blocks:
+        parts = torch.linalg.vector_norm(rows[:, :split].unflatten(1, (blocks, BLOCK_COLUMNS)), dim=2)
+        norms = norms + torch.linalg.vector_norm(parts, dim=1).square()
+    return norms
