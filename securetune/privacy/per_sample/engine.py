@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from securetune.errors import PrivacyError
+from securetune.privacy.per_sample.choice import find_paths
 from securetune.privacy.per_sample.functional import FunctionalPath
 from securetune.privacy.per_sample.gradients import BatchGradients, TrainableParameter, _Uses, as_3d
-from securetune.privacy.per_sample.paths import Path, find_paths
+from securetune.privacy.per_sample.paths import Path
 from securetune.privacy.per_sample.self_check import check_against_autograd
 from securetune.privacy.per_sample.two_passes import Measuring, Taker, TwoPassGradients
 

@@ -20,8 +20,8 @@ from securetune.privacy.per_sample.gradients import (
     TrainableParameter,
     _accumulate_factored,
     _Uses,
-    full_precision,
 )
+from securetune_kernels.numerics import full_precision
 
 # Largest difference between a layer's values in the two passes, relative to their norm: they come from the
 # same graph, so all that may differ is the order of sums on a GPU. Other dropout masks differ by about 0.4.

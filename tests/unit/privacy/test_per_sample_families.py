@@ -440,3 +440,45 @@ class TestDisentangledAttention:
         values = losses(model, padded_ids()) + model.deberta.encoder.get_rel_embedding().square().sum()
         with pytest.raises(PrivacyError, match=r"saw|is used outside of disentangled attention"):
             engine.backward(values)
+
+
+class TestConvolutionWhoseWeightGoesToAKernel:
+    def test_lfm2(self):
+        config = transformers.Lfm2Config(**_DECODER, layer_types=["conv", "full_attention"])
+        assert_exact(build(transformers.AutoModelForCausalLM, config), padded_ids(), losses)
+
+    @pytest.mark.parametrize("kept", ["", "conv1d.bias", "conv1d.weight"])
+    def test_mamba(self, kept):
+        config = transformers.MambaConfig(
+            vocab_size=VOCAB, hidden_size=16, state_size=4, num_hidden_layers=2, conv_kernel=3,
+            bos_token_id=0, eos_token_id=1, pad_token_id=0,
+        )  # fmt: skip
+        model = build(transformers.AutoModelForCausalLM, config)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(kept in name)
+        assert_exact(model, padded_ids(), losses)
+
+
+def test_adapter_of_a_frozen_layer_that_holds_no_floats():
+    class Quantised(nn.Linear):
+        """Holds int8 numbers and a scale, and makes its weight of them in each forward pass."""
+
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__(linear.in_features, linear.out_features, dtype=torch.float64)
+            scale = linear.weight.detach().abs().max() / 127
+            self.register_buffer("scale", scale)
+            numbers = (linear.weight.detach() / scale).round().to(torch.int8)
+            self.weight = nn.Parameter(numbers, requires_grad=False)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Quantised(nn.Linear(6, 8).double()), nn.GELU(), Quantised(nn.Linear(8, 3).double()))
+    lora = LoraConfig(r=3, target_modules=["0", "2"])
+    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.double()
+    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert_exact(random_parameters(model), x)

@@ -13,6 +13,7 @@ from securetune.errors import PrivacyError
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.per_sample.gradients import by_expert, routed_squared_norms
 from securetune.privacy.per_sample.moe import ExpertsPath, RouterPath
+from tests.per_sample_oracle import assert_exact
 
 VOCAB = 60
 _SIZES = {
@@ -352,3 +353,44 @@ def test_all_linear_adapts_routers_too(family, tolerance):
     engine = PerSampleGradients(model)
     assert any(".gate.lora_A" in name for name in engine.parameter_names())
     assert relative_error(engine.backward(next_token_losses(model, ids)).materialize(), expected) < tolerance
+
+
+class Matrix(nn.Module):
+    def __init__(self, use, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.ones(4, 4, dtype=torch.float64)))
+        self.use = use
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+def adapted_matrix(use, *names: str) -> nn.Module:
+    config = LoraConfig(r=2, target_modules=[], target_parameters=[f"0.{name}" for name in names])
+    model = nn.Sequential(Matrix(use, *names))
+    model = get_peft_model(model, config, autocast_adapter_dtype=False).double()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, dtype=torch.float64)
+    return model
+
+
+def test_adapted_matrix_used_in_its_own_way_is_refused():
+    model = adapted_matrix(lambda layer, x: x @ layer.weight.square(), "weight")
+    PerSampleGradients(model)
+    with pytest.raises(PrivacyError, match=r"model.0 \(Matrix\) does not use its weight as a linear"):
+        model(torch.ones(3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("names", [("weight",), ("other",), ("weight", "other")], ids=" ".join)
+def test_adapted_matrices_of_any_name(names):
+    def use(layer, x):
+        for name in names:
+            x = functional.linear(x, getattr(layer, name)).sin()
+        return x
+
+    model = adapted_matrix(use, *names)
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert_exact(model, x)
