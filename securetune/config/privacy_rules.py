@@ -15,6 +15,7 @@ Rule = tuple[tuple[str, ...], Callable[..., Iterator[Problem]]]
 
 _RATE_TOLERANCE = 0.01  # of a rate that somebody typed; the accountant takes the exact one
 
+_PRIVATE_SIZE = ("poisson", "fixed_order")
 _RECORD_COLUMNS = ("text", "label", "prompt", "completion", "messages")
 _CLIPPING_MODES = {
     "groups": "groups",
@@ -67,12 +68,12 @@ def _clipping(privacy: "PrivacyConfig") -> Iterator[Problem]:
 def _sampling(privacy: "PrivacyConfig") -> Iterator[Problem]:
     kind, num_units, largest = privacy.sampling, privacy.num_units, privacy.max_batch_size
     batch = privacy.expected_batch_size
-    if kind == "poisson" and num_units is not None:
+    if kind in _PRIVATE_SIZE and num_units is not None:
         yield (
             "privacy.num_units",
-            "has no effect with sampling = 'poisson', where the number of records is private. Remove it.",
+            f"has no effect with sampling = {kind!r}, where the number of records is private. Remove it.",
         )
-    if kind != "poisson" and num_units is None:
+    if kind not in _PRIVATE_SIZE and num_units is None:
         yield (
             "privacy.num_units",
             f"required for sampling = {kind!r}: a public constant, at least the number of training records "
@@ -154,7 +155,61 @@ def _micro_batch_of_users(
         )
 
 
+def _noise(privacy: "PrivacyConfig") -> Iterator[Problem]:
+    if privacy.noise == "gaussian":
+        remedy = "Remove it, or set noise to 'matrix_factorization'."
+        if privacy.sampling == "fixed_order":
+            yield (
+                "privacy.sampling",
+                "cannot be 'fixed_order' with noise = 'gaussian': without amplification by sampling, "
+                "independent noise costs far more. Set noise to 'matrix_factorization', or sampling to "
+                "'poisson'.",
+            )
+        if privacy.noise_bands is not None:
+            yield "privacy.noise_bands", f"has no effect with noise = 'gaussian'. {remedy}"
+        if privacy.planned_resumptions:
+            yield (
+                "privacy.planned_resumptions",
+                f"has no effect with noise = 'gaussian': such a run always resumes. {remedy}",
+            )
+        return
+    path = "privacy.noise"
+    if not privacy.enabled:
+        yield path, "has no effect with privacy.enabled = false: no noise is added. Remove it."
+    if privacy.unit == "user":
+        yield (
+            path,
+            "cannot be 'matrix_factorization' with unit = 'user': users have no fixed order of batches here. "
+            "Set it to 'gaussian'.",
+        )
+    if privacy.clipping.mode == "adaptive":
+        yield (
+            "privacy.clipping.mode",
+            "cannot be 'adaptive' with noise = 'matrix_factorization': all steps are one mechanism with one "
+            "threshold. Set it to 'flat', or noise to 'gaussian'.",
+        )
+    if privacy.sampling != "fixed_order":
+        yield (
+            "privacy.sampling",
+            f"must be 'fixed_order' with noise = 'matrix_factorization', got {privacy.sampling!r}: its "
+            "epsilon gains nothing from sampling.",
+        )
+    elif abs(privacy.sample_rate * round(1 / privacy.sample_rate) - 1) > _RATE_TOLERANCE:
+        whole = round(1 / privacy.sample_rate)
+        yield (
+            "privacy.sample_rate",
+            f"must be 1 over a whole number of batches with sampling = 'fixed_order', got "
+            f"{privacy.sample_rate:g}. Try {1 / whole:.4g}, for {whole} batches.",
+        )
+    if privacy.noise_bands is not None and privacy.noise_bands > privacy.steps:
+        yield (
+            "privacy.noise_bands",
+            f"must be at most steps ({privacy.steps}), got {privacy.noise_bands}.",
+        )
+
+
 PRIVACY_RULES: list[Rule] = [
+    (("privacy",), _noise),
     (("privacy", "data"), _unit),
     (("privacy", "data", "training"), _micro_batch_of_users),
     (("privacy",), _delta),

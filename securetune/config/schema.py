@@ -158,11 +158,12 @@ class PrivacyConfig(Section):
     """Records per step on average. A constant of the recipe, never counted from the private data."""
     sample_rate: float = Field(gt=0, le=1)
     """Probability of each record to be in a step. A constant of the recipe."""
-    sampling: Literal["poisson", "truncated_poisson", "fixed_size"] = "poisson"
+    sampling: Literal["poisson", "truncated_poisson", "fixed_size", "fixed_order"] = "poisson"
     """How the records of a step are drawn, in secret. `poisson`: each independently; epsilon is for adding or
     removing one. `truncated_poisson`: the same, and at most `max_batch_size` of them; for zeroing one out.
     `fixed_size`: always `expected_batch_size` of `num_units` places; for replacing one, which costs several
-    times the epsilon. The last two need a public `num_units`."""
+    times the epsilon. These two need a public `num_units`. `fixed_order`: each has a batch of its own, taken
+    every 1 / `sample_rate` steps; it goes with `noise: matrix_factorization`."""
     num_units: int | None = Field(default=None, ge=1)
     """Places for training records, a public constant that epsilon depends on: at least as many as there are.
     How many of the places stay empty is private. Not for `poisson`, where the number is private."""
@@ -170,6 +171,15 @@ class PrivacyConfig(Section):
     """For `truncated_poisson`: most records in one step."""
     steps: int = Field(ge=1)
     """Training steps. The budget is planned for exactly this many."""
+    noise: Literal["gaussian", "matrix_factorization"] = "gaussian"
+    """`gaussian`: independent at each step. `matrix_factorization`: correlated over the steps (DP-FTRL), so
+    that much of it cancels in the sum; nothing is gained from sampling, and all steps are one mechanism."""
+    noise_bands: int | None = Field(default=None, ge=1)
+    """For `matrix_factorization`: steps whose noise is mixed; each costs a draw of noise. Null: 16, or fewer
+    if there are fewer steps."""
+    planned_resumptions: int = Field(default=0, ge=0)
+    """For `matrix_factorization`: how often a killed run may go on, each time in a new mechanism that the
+    budget pays for. With 0, a run that is killed in training has to start anew."""
     unit: Literal["record", "user"] = "record"
     """Whom epsilon protects. `record`: one record; a person with several is not covered. `user`: all records
     of one user, as `data.user_field` names them; held-out records are chosen by user too."""

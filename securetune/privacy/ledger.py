@@ -69,6 +69,7 @@ class LedgerHeader(BaseModel):
             thresholds are adaptive, the first one.
         clipping: Mode of the clipping.
         clipping_settings: Its settings beside ``max_grad_norm``.
+        noise: Kind and settings of the noise, where it is not independent over the steps.
         delta: Probability allowed for the guarantee to fail, in (0, 1).
         expected_batch_size: Public divisor of the noised sum, in units.
         planned_steps: Steps that the run may charge at most.
@@ -91,6 +92,7 @@ class LedgerHeader(BaseModel):
     max_grad_norm: _Positive
     clipping: str = "flat"
     clipping_settings: dict[str, Any] = Field(default_factory=dict)
+    noise: dict[str, Any] = Field(default_factory=dict)
     delta: float = Field(gt=0, lt=1)
     expected_batch_size: int = Field(ge=1)
     planned_steps: int = Field(ge=1, le=MAX_STEPS)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from securetune.errors import PrivacyError
 from securetune.privacy.ledger import Ledger, LedgerState
-from securetune.privacy.loss_distribution import Phase
+from securetune.privacy.loss_distribution import FIXED_ORDER, Phase
 from securetune.privacy.noise import MAX_NOISE_STREAM, NoiseSource, refuse_to_copy, reused_noise
 from securetune.privacy.participation import Participation
 
@@ -135,7 +135,7 @@ class MatrixMechanism:
             ``sample_rate=1`` and ``steps=runs`` to
             :func:`securetune.privacy.accounting.calibrate_noise_multiplier`.
         """
-        return Phase(noise_multiplier, 1.0, runs)
+        return Phase(noise_multiplier, 1.0, runs, FIXED_ORDER)
 
     def event(self, noise_multiplier: float) -> "DpEvent":
         """Describe the whole run as a ``dp-accounting`` event.
@@ -272,9 +272,9 @@ class CorrelatedNoise:
 class WholeRunCharge:
     """Charge a run's ledger at its first step for all steps, where a ``PrivateStep`` charges each step.
 
-    A "step" of that ledger is one mechanism: its header has ``sample_rate=1`` and as ``planned_steps`` how
-    many mechanisms the run may start, 1 and one for each resumption that was planned. A resumed run makes a
-    new object, and its first step is a new charge.
+    A "step" of that ledger is one mechanism: its header has the sampler "fixed order" at rate 1 and as
+    ``planned_steps`` how many mechanisms the run may start, 1 and one for each resumption that was planned. A
+    resumed run makes a new object, and its first step is a new charge.
 
     Guarantees:
         The charge is on disk before the run's first noise exists; no step is released that was not planned.
@@ -297,8 +297,8 @@ class WholeRunCharge:
             raise PrivacyError(
                 f"{ledger.path} counts steps of {header.sampler} sampling at sample_rate="
                 f"{header.sample_rate}, but a run with correlated noise is one Gaussian mechanism without "
-                "amplification by sampling. Start a new ledger whose header has Poisson sampling at "
-                "sample_rate=1 (every unit, always) and planned_steps=1 (one more for each resumption you "
+                "amplification by sampling. Start a new ledger whose header has the sampler "
+                "'fixed order' at sample_rate=1 and planned_steps=1 (one more for each resumption you "
                 "plan)."
             )
         self.mechanism = mechanism

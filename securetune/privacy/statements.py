@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from securetune.privacy.ledger import LedgerHeader
 
-__all__ = ["clipping_statement", "sampling_statement"]
+__all__ = ["clipping_statement", "noise_statement", "sampling_statement"]
 
 
 def sampling_statement(header: "LedgerHeader") -> str:
@@ -19,6 +19,11 @@ def sampling_statement(header: "LedgerHeader") -> str:
         A sentence without a full stop.
     """
     unit = header.unit
+    if header.sampler == "fixed order":
+        return (
+            f"batches in a secret fixed order, without amplification by sampling; "
+            f"{header.neighbouring_relation} {unit}; the number of {unit}s is private"
+        )
     limit = "" if header.max_batch_size is None else f", at most {header.max_batch_size:,} {unit}s a step"
     if unit != "record":
         limit += f", up to {header.max_records_per_unit} records of each"
@@ -29,6 +34,27 @@ def sampling_statement(header: "LedgerHeader") -> str:
     return (
         f"{header.sampler} sampling at rate {header.sample_rate:.6g}{limit}; "
         f"{header.neighbouring_relation} {unit}; {size}"
+    )
+
+
+def noise_statement(header: "LedgerHeader") -> str:
+    """Say what noise hides each unit.
+
+    Args:
+        header: The run's public constants.
+
+    Returns:
+        A sentence without a full stop.
+    """
+    sigma = f"noise multiplier {header.noise_multiplier:.4f}"
+    if not header.noise:
+        return f"Gaussian, independent at every step, {sigma}"
+    noise = header.noise
+    return (
+        f"{noise['kind'].replace('_', ' ')} (DP-FTRL), correlated over {noise['bands']} of the "
+        f"{noise['steps']} steps: all of them are one Gaussian mechanism, {sigma}; a {header.unit} takes "
+        f"part every {noise['batches_per_epoch']} steps, {noise['max_participations']} times at most; what "
+        "is charged is mechanisms, one for the run and one for each resumption"
     )
 
 

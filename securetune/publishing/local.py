@@ -29,7 +29,7 @@ from securetune.config.schema import GateRule
 from securetune.errors import CheckpointError, GateFailed, PrivacyError, SecuretuneError
 from securetune.evidence import Evidence
 from securetune.privacy.ledger import MAX_LEDGER_BYTES, read_ledger
-from securetune.privacy.statements import sampling_statement
+from securetune.privacy.statements import noise_statement, sampling_statement
 from securetune.publishing.card import render_card
 from securetune.publishing.gate import check_gate, require_passed
 from securetune.report.html import render_html
@@ -231,6 +231,8 @@ def _check_ledger(reader: FolderReader, entry: FileEntry | None, privacy: Privac
     words = {"sampler": (header.sampler, privacy.sampler)}
     if privacy.sampling:
         words["sampling"] = (sampling_statement(header), privacy.sampling)
+    if privacy.noise:
+        words["noise"] = (noise_statement(header), privacy.noise)
     if privacy.clipping:
         words["clipping"] = (header.clipping_statement, privacy.clipping)
     different += [

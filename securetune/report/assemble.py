@@ -11,7 +11,7 @@ from securetune.errors import PrivacyError
 from securetune.evidence import GateResult
 from securetune.privacy.accounting import max_true_positive_rate, max_true_positive_rate_of_run
 from securetune.privacy.ledger import LedgerState, read_ledger
-from securetune.privacy.statements import sampling_statement
+from securetune.privacy.statements import noise_statement, sampling_statement
 from securetune.report.environment import describe_environment
 from securetune.report.summary import (
     AdversarialStatement,
@@ -133,6 +133,7 @@ def _privacy(recipe: Recipe, plan: Plan, state: LedgerState) -> PrivacyStatement
         epsilon_spent=epsilon,
         delta=header.delta,
         noise_multiplier=header.noise_multiplier,
+        noise=noise_statement(header),
         sample_rate=header.sample_rate,
         expected_batch_size=header.expected_batch_size,
         steps_planned=header.planned_steps,

@@ -131,6 +131,7 @@ class PrivacyStatement(_Part):
         epsilon_target: The epsilon the recipe asked for.
         epsilon_spent: The epsilon of the steps in the ledger.
         delta: The delta of both.
+        noise: What noise hides each unit, as a sentence.
         noise_multiplier: Noise standard deviation over ``max_grad_norm``.
         sample_rate: Probability that a record is in a batch.
         expected_batch_size: The divisor of the summed gradient.
@@ -155,6 +156,7 @@ class PrivacyStatement(_Part):
     epsilon_spent: float = Field(ge=0)
     delta: float = Field(gt=0, lt=1)
     noise_multiplier: float = Field(gt=0)
+    noise: str = ""
     sample_rate: float = Field(gt=0, le=1)
     expected_batch_size: int = Field(gt=0)
     steps_planned: int = Field(gt=0)

@@ -19,6 +19,7 @@ from securetune.privacy.ledger import Ledger
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.step import OrdinaryStep
 from securetune.training.access import Access, forget
+from securetune.training.drawing import make_unit_sampler
 from securetune.training.dropout import AdapterDropout
 from securetune.training.folder import RunFolder
 from securetune.training.loop import (
@@ -29,7 +30,7 @@ from securetune.training.loop import (
     check_gradients,
     make_optimizer,
 )
-from securetune.training.mechanism import make_clipping, make_private_step, make_unit_sampler
+from securetune.training.mechanism import make_clipping, make_private_step
 from securetune.training.plan import Plan
 from securetune.training.prepare import PreparedData, probe_examples
 from securetune.training.progress import TrainingProgress
@@ -104,7 +105,11 @@ def fine_tune(
     saved = None
     if (state / "vault.json").is_file():
         saved = load_state(state, access, grads, optimizer, owner=owner, stopping=stopping)
-    sampler = make_unit_sampler(recipe, [example.user_id for example in data.train])
+    sampler = make_unit_sampler(
+        recipe,
+        [example.user_id for example in data.train],
+        steps_done=0 if saved is None else saved.steps_done,
+    )
     with contextlib.ExitStack() as stack:
         ledger, clipping, step = (
             None,
@@ -112,7 +117,15 @@ def fine_tune(
             OrdinaryStep(grads, optimizer, expected_batch_size=recipe.privacy.expected_batch_size),
         )
         if subject == "hardened" and plan.privacy is not None:
-            ledger, step = make_private_step(recipe, run, plan.privacy, grads, optimizer, sampler)
+            ledger, step = make_private_step(
+                recipe,
+                run,
+                plan.privacy,
+                grads,
+                optimizer,
+                sampler,
+                steps_done=0 if saved is None else saved.steps_done,
+            )
             stack.enter_context(ledger)
             _refuse_shorter_ledger(ledger, saved)
             clipping = step.clipping
@@ -280,7 +293,16 @@ def _run_steps(
 ) -> None:
     planned = recipe.privacy.steps
     steps_done = 0 if saved is None else saved.steps_done
-    remaining = planned - steps_done if ledger is None else ledger.remaining_steps
+    # noise that is correlated over the steps is charged as a whole: what is left follows from the saves
+    is_whole = ledger is not None and recipe.privacy.noise == "matrix_factorization"
+    remaining = planned - steps_done if ledger is None or is_whole else ledger.remaining_steps
+    if is_whole and remaining and ledger is not None and ledger.remaining_steps == 0:
+        raise PrivacyError(
+            f"all {ledger.steps_charged} planned mechanisms are charged in {run.ledger}: a run with "
+            "correlated noise that was killed goes on in a new mechanism, and privacy.planned_resumptions = "
+            f"{recipe.privacy.planned_resumptions} of them are paid for. Start a new run in another folder "
+            "with more of them (its epsilon adds to this one's)."
+        )
     if remaining == 0 and steps_done == 0:
         raise PrivacyError(
             f"all {planned} planned steps are charged in {run.ledger}, but no training state was saved "
@@ -291,7 +313,7 @@ def _run_steps(
     has_stopped = stopping is not None and stopping.has_stopped
     if has_stopped:  # the kill came between the last save and the end
         remaining = 0
-        if ledger is not None:
+        if ledger is not None and not is_whole:
             _charge_remaining_steps(ledger)
     with TrainingProgress(subject, total=planned, done=planned - remaining) as progress:
         for number in range(planned - remaining + 1, planned + 1):
@@ -302,7 +324,7 @@ def _run_steps(
             is_last = has_stopped or number == planned
             if save is not None and (number % recipe.training.save_every == 0 or is_last):
                 save(steps_done=steps_done, steps_charged=0 if ledger is None else ledger.steps_charged)
-            if has_stopped and ledger is not None:
+            if has_stopped and ledger is not None and not is_whole:
                 _charge_remaining_steps(ledger)
             epsilon = None
             if ledger is not None and plan.privacy is not None:

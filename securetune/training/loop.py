@@ -16,9 +16,9 @@ from securetune.data.encode import Example
 from securetune.errors import MachineError
 from securetune.models.task import ClassifyHead, GenerateHead
 from securetune.privacy.per_sample import PerSampleGradients
-from securetune.privacy.sampling import Sampler
 from securetune.privacy.step import OrdinaryStep, PrivateStep
 from securetune.privacy.units import DrawnRecord, UserSampler
+from securetune.training.drawing import UnitSampler
 from securetune.training.dropout import AdapterDropout
 
 Head = ClassifyHead | GenerateHead
@@ -107,7 +107,7 @@ class Trainer:
         self,
         head: Head,
         step: OrdinaryStep,
-        sampler: Sampler | UserSampler,
+        sampler: UnitSampler,
         examples: Sequence[Example],
         *,
         micro_batch_tokens: int,
@@ -123,6 +123,7 @@ class Trainer:
         self._adversary = adversary
         self._dropout = dropout
         self._label_smoothing = label_smoothing
+        self._num_drawn = 0  # a resumed run has a new sampler, which counts from 0 too
 
     def run_step(self, number: int) -> StepResult:
         """Draw a sample, accumulate its gradients, update.
@@ -138,10 +139,9 @@ class Trainer:
             MachineError: If memory runs out; the step is then not charged.
         """
         started = time.monotonic()
-        places = [
-            place.position if isinstance(place, DrawnRecord) else place
-            for place in self._sampler.draw(number)
-        ]
+        taken = self._sampler.draw(self._num_drawn)
+        self._num_drawn += 1
+        places = [place.position if isinstance(place, DrawnRecord) else place for place in taken]
         drawn = [self._examples[place] for place in places if place < len(self._examples)]
         by_user = isinstance(self._sampler, UserSampler)
         losses: list[Tensor] = []

@@ -1,12 +1,10 @@
 """A recipe's private mechanism: what bounds each unit's gradient, how much noise hides it, who counts."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 
 from securetune.config.schema import Recipe
-from securetune.config.size import require_places
 from securetune.privacy.accounting import PrivacyPlan, PrivacySpec
 from securetune.privacy.adaptive_clipping import AdaptiveClipping
 from securetune.privacy.clipping import (
@@ -18,42 +16,18 @@ from securetune.privacy.clipping import (
     PerLayerClipping,
 )
 from securetune.privacy.ledger import Ledger, LedgerHeader
+from securetune.privacy.loss_distribution import FIXED_ORDER
+from securetune.privacy.matrix_factorization import CorrelatedNoise, MatrixMechanism, WholeRunCharge
 from securetune.privacy.noise import NoiseSource
+from securetune.privacy.participation import EpochOrderSampler
 from securetune.privacy.per_sample import PerSampleGradients
-from securetune.privacy.sampling import (
-    FixedSizeSampler,
-    PoissonSampler,
-    Sampler,
-    TruncatedPoissonSampler,
-)
 from securetune.privacy.step import PrivateStep
-from securetune.privacy.units import UserSampler
+from securetune.training.drawing import UnitSampler, make_unit_sampler, planned_sampler
 from securetune.training.folder import RunFolder
 
+_BANDS = 16
 _COUNT_NOISE_OF_BATCH = 10  # the choice of Andrew et al. 2021 for one threshold
 _COUNT_NOISE_OF_RUN = 5  # the gradient's noise then grows by 2 %
-
-
-def make_unit_sampler(recipe: Recipe, user_ids: Sequence[str | None]) -> Sampler | UserSampler:
-    """Make what draws the records of each step: one by one, or user by user.
-
-    Args:
-        recipe: The recipe.
-        user_ids: The user of each training record, in their order; read where users are the unit only.
-
-    Returns:
-        The sampler, with new secret keys.
-
-    Raises:
-        DataError: If there are more units than places.
-    """
-    if recipe.privacy.unit == "record":
-        return make_sampler(recipe, len(user_ids))
-    most = recipe.privacy.max_records_per_user
-    assert most is not None, "a rule of the recipe"
-    users = [user for user in user_ids if user is not None]
-    assert len(users) == len(user_ids), "records are read with their users"
-    return UserSampler(users, make_sampler(recipe, len(set(users))), max_records_per_user=most)
 
 
 def planned_header(recipe: Recipe, plan: PrivacyPlan, *, reportable_epsilon: bool = True) -> LedgerHeader:
@@ -67,45 +41,42 @@ def planned_header(recipe: Recipe, plan: PrivacyPlan, *, reportable_epsilon: boo
     Returns:
         The public constants of the run.
     """
-    return LedgerHeader.from_plan(
+    is_correlated = recipe.privacy.noise == "matrix_factorization"
+    header = LedgerHeader.from_plan(
         plan,
         reportable_epsilon=reportable_epsilon,
         unit=recipe.privacy.unit,
-        sampler=_sampler_of_one(recipe),
+        sampler=None if is_correlated else planned_sampler(recipe),
         clipping=make_clipping(recipe, noise_multiplier=plan.noise_multiplier),
     )
+    if not is_correlated:
+        return header
+    mechanism = make_mechanism(recipe, steps_done=0)
+    noise = {
+        "kind": "matrix_factorization",
+        "bands": mechanism.bands,
+        "batches_per_epoch": mechanism.participation.min_separation,
+        "max_participations": mechanism.participation.possible_participations,
+        "steps": recipe.privacy.steps,
+    }
+    return header.model_copy(update={"noise": noise})
 
 
-def _sampler_of_one(recipe: Recipe) -> Sampler | UserSampler:
-    """The recipe's sampler of a single unit: how many there are is in no public number."""
-    return make_unit_sampler(recipe, ["somebody"])
-
-
-def make_sampler(recipe: Recipe, num_units: int) -> Sampler:
-    """Make the recipe's sampler, with a new secret key.
-
-    Where the accounting makes the number of units public, the sampler draws places instead, of which there
-    are ``privacy.num_units``: positions from ``num_units`` on are empty places, without gradient. So adding
-    or removing a unit is filling or emptying one place, and the true number stays private.
+def make_mechanism(recipe: Recipe, *, steps_done: int) -> MatrixMechanism:
+    """Make what correlates the noise of the steps that are left.
 
     Args:
         recipe: The recipe.
-        num_units: Units (records, or users) there are to train on.
+        steps_done: Steps of the run that are behind it.
 
     Returns:
-        The sampler.
-
-    Raises:
-        DataError: If there are more units than places.
+        The mechanism; a resumed run starts a new one.
     """
-    privacy = recipe.privacy
-    if privacy.num_units is None:
-        return PoissonSampler(num_units, privacy.sample_rate)
-    require_places(recipe, num_units)
-    if privacy.sampling == "fixed_size":
-        return FixedSizeSampler(privacy.num_units, privacy.expected_batch_size)
-    assert privacy.max_batch_size is not None
-    return TruncatedPoissonSampler(privacy.num_units, privacy.sample_rate, privacy.max_batch_size)
+    sampler = make_unit_sampler(recipe, ["somebody"], steps_done=steps_done)
+    assert isinstance(sampler, EpochOrderSampler)
+    steps = sampler.participation.steps
+    bands = min(recipe.privacy.noise_bands or _BANDS, steps)
+    return MatrixMechanism(participation=sampler.participation, bands=bands)
 
 
 def privacy_spec(recipe: Recipe) -> PrivacySpec:
@@ -118,17 +89,21 @@ def privacy_spec(recipe: Recipe) -> PrivacySpec:
         What the accountant calibrates for.
     """
     settings = recipe.privacy
-    sampler = _sampler_of_one(recipe)
+    if settings.noise == "matrix_factorization":  # the whole run is one mechanism, and so is each resumption
+        rate, steps, sampling = 1.0, 1 + settings.planned_resumptions, FIXED_ORDER
+    else:
+        sampler = planned_sampler(recipe)
+        rate, steps, sampling = sampler.sample_rate, settings.steps, sampler.sampling
     return PrivacySpec(
         target_epsilon=settings.target_epsilon,
         delta=settings.delta,
-        sample_rate=sampler.sample_rate,
-        steps=settings.steps,
+        sample_rate=rate,
+        steps=steps,
         max_grad_norm=settings.max_grad_norm,
         expected_batch_size=settings.expected_batch_size,
-        sampler=sampler.sampling.kind,
-        num_records=sampler.sampling.num_records,
-        max_batch_size=sampler.sampling.max_batch_size,
+        sampler=sampling.kind,
+        num_records=sampling.num_records,
+        max_batch_size=sampling.max_batch_size,
     )
 
 
@@ -203,7 +178,9 @@ def make_private_step(
     plan: PrivacyPlan,
     grads: PerSampleGradients,
     optimizer: torch.optim.Optimizer,
-    sampler: Sampler | UserSampler,
+    sampler: UnitSampler,
+    *,
+    steps_done: int = 0,
 ) -> tuple[Ledger, PrivateStep]:
     """Open the run's ledger and make the step that is charged to it.
 
@@ -214,6 +191,7 @@ def make_private_step(
         grads: Per-sample gradients of the trainable parameters.
         optimizer: Over those parameters.
         sampler: Draws the units of each step.
+        steps_done: Steps of the run that are behind it.
 
     Returns:
         The open ledger, and the step.
@@ -221,14 +199,20 @@ def make_private_step(
     Raises:
         PrivacyError: If the ledger is another run's, or the parameters do not fit the clipping.
     """
-    noise = NoiseSource()
+    correlated = None
+    if recipe.privacy.noise == "matrix_factorization":
+        assert isinstance(sampler, EpochOrderSampler)
+        correlated = make_mechanism(recipe, steps_done=steps_done)
+        assert correlated.participation == sampler.participation
+    noise = NoiseSource() if correlated is None else CorrelatedNoise(correlated)
     reportable = noise.reportable_epsilon and sampler.reportable_epsilon
     clipping = make_clipping(recipe, noise_multiplier=plan.noise_multiplier)
     clipping.assign(grads.parameter_names())  # refuses before there is a ledger
-    header = LedgerHeader.from_plan(
-        plan, reportable_epsilon=reportable, unit=recipe.privacy.unit, sampler=sampler, clipping=clipping
-    )
-    ledger = Ledger(run.ledger, header)
+    if not isinstance(sampler, EpochOrderSampler):
+        LedgerHeader.from_plan(
+            plan, reportable_epsilon=reportable, unit=recipe.privacy.unit, sampler=sampler
+        )  # refuses a sampler that draws otherwise than planned
+    ledger = Ledger(run.ledger, planned_header(recipe, plan, reportable_epsilon=reportable))
     try:
         step = PrivateStep(
             grads,
@@ -237,7 +221,7 @@ def make_private_step(
             noise_multiplier=plan.noise_multiplier,
             expected_batch_size=recipe.privacy.expected_batch_size,
             noise=noise,
-            ledger=ledger,
+            ledger=ledger if correlated is None else WholeRunCharge(ledger, correlated),
         )
     except BaseException:
         ledger.close()

@@ -11,7 +11,7 @@ from securetune.config.schema import Recipe
 from securetune.files import write_atomic
 from securetune.privacy.accounting import PrivacyPlan, plan_privacy
 from securetune.privacy.ledger import LedgerHeader
-from securetune.privacy.statements import sampling_statement
+from securetune.privacy.statements import noise_statement, sampling_statement
 from securetune.training.folder import NOT_COVERED, RunFolder
 from securetune.training.mechanism import gradient_noise_multiplier, planned_header, privacy_spec
 from securetune.training.stopping import num_checks
@@ -76,6 +76,9 @@ class Plan:
                 "gradient_noise_multiplier": self._gradient_noise_multiplier(),
                 "unit": header.unit_statement,
                 "neighbouring_relation": f"{header.neighbouring_relation} {header.unit}",
+                "steps": self.recipe.privacy.steps,
+                "charges": spec["steps"],
+                "noise_statement": noise_statement(header),
                 "sampling_statement": sampling_statement(header),
                 "accountant": self.privacy.accountant,
                 "noise_multiplier": self.privacy.noise_multiplier,
@@ -122,6 +125,8 @@ class Plan:
         text = (
             f"sigma {self.privacy.noise_multiplier:.4f} x clipping norm {self.privacy.spec.max_grad_norm:g}"
         )
+        if self.recipe.privacy.noise != "gaussian":
+            return f"{text}; {noise_statement(self._header())}"
         if self.recipe.privacy.clipping.mode != "adaptive":
             return text
         return (
@@ -157,8 +162,8 @@ class Plan:
                 ("noise", self._noise()),
                 (
                     "steps",
-                    f"{spec.steps}, expected batch {spec.expected_batch_size}, sample rate "
-                    f"{spec.sample_rate:g}",
+                    f"{self.recipe.privacy.steps}, expected batch {spec.expected_batch_size}, sample rate "
+                    f"{self.recipe.privacy.sample_rate:g}",
                 ),
                 (
                     "what that means",

@@ -7,6 +7,11 @@ from tests.sample_recipe import sample_recipe
 
 GROUPS = {"mode": "groups", "groups": {"*.q_proj.*": 2.0, "*.v_proj.*": 1.0}}
 USERS = {"privacy.unit": "user", "privacy.max_records_per_user": 4, "data.user_field": "author"}
+FACTORED = {
+    "privacy.noise": "matrix_factorization",
+    "privacy.sampling": "fixed_order",
+    "privacy.sample_rate": 0.05,
+}
 TRUNCATED = {
     "privacy.sampling": "truncated_poisson",
     "privacy.num_units": 1000,
@@ -143,6 +148,56 @@ TRUNCATED = {
             "N = expected_batch_size / sample_rate = 1,000 users.",
         ),
         (
+            {"privacy.sampling": "fixed_order", "privacy.sample_rate": 0.05},
+            "privacy.sampling",
+            "cannot be 'fixed_order' with noise = 'gaussian': without amplification by sampling, independent",
+        ),
+        (
+            {"privacy.noise_bands": 4},
+            "privacy.noise_bands",
+            "has no effect with noise = 'gaussian'. Remove it, or set noise to 'matrix_factorization'.",
+        ),
+        (
+            {"privacy.planned_resumptions": 1},
+            "privacy.planned_resumptions",
+            "has no effect with noise = 'gaussian': such a run always resumes. Remove it, or set noise to",
+        ),
+        (
+            {**FACTORED, "privacy.sampling": "poisson"},
+            "privacy.sampling",
+            "must be 'fixed_order' with noise = 'matrix_factorization', got 'poisson': its epsilon gains",
+        ),
+        (
+            {**FACTORED, "privacy.sample_rate": 0.3},
+            "privacy.sample_rate",
+            "must be 1 over a whole number of batches with sampling = 'fixed_order', got 0.3. Try 0.3333",
+        ),
+        (
+            {**FACTORED, "privacy.noise_bands": 11},
+            "privacy.noise_bands",
+            "must be at most steps (10), got 11.",
+        ),
+        (
+            {**FACTORED, "privacy.clipping": {"mode": "adaptive"}},
+            "privacy.clipping.mode",
+            "cannot be 'adaptive' with noise = 'matrix_factorization': all steps are one mechanism with one",
+        ),
+        (
+            {**FACTORED, **USERS},
+            "privacy.noise",
+            "cannot be 'matrix_factorization' with unit = 'user': users have no fixed order of batches here.",
+        ),
+        (
+            {**FACTORED, "privacy.enabled": False},
+            "privacy.noise",
+            "has no effect with privacy.enabled = false: no noise is added. Remove it.",
+        ),
+        (
+            {**FACTORED, "privacy.num_units": 1000},
+            "privacy.num_units",
+            "has no effect with sampling = 'fixed_order', where the number of records is private. Remove it.",
+        ),
+        (
             {"privacy.clipping": {"mode": "layerwise"}},
             "privacy.clipping.mode",
             "must be 'flat', 'per_layer', 'groups', 'automatic', 'normalized' or 'adaptive', got 'layerwise'",
@@ -164,6 +219,13 @@ def test_rule(changes, path, message):
         {"privacy.clipping": GROUPS},
         TRUNCATED,
         USERS,
+        FACTORED,
+        {
+            **FACTORED,
+            "privacy.sample_rate": 0.143,
+            "privacy.noise_bands": 10,
+            "privacy.planned_resumptions": 2,
+        },
         {"privacy.sampling": "fixed_size", "privacy.num_units": 1005},
         {**TRUNCATED, "privacy.enabled": False},
         {"privacy.clipping": {"mode": "automatic", "stability": 0.1}},

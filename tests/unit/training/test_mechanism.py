@@ -12,14 +12,17 @@ from securetune.privacy.ledger import read_ledger
 from securetune.privacy.noise import NoiseSource
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.sampling import FixedSizeSampler, PoissonSampler
+from securetune.privacy.statements import noise_statement, sampling_statement
 from securetune.privacy.step import OrdinaryStep
+from securetune.training.drawing import make_sampler
 from securetune.training.folder import RunFolder
 from securetune.training.loop import Trainer, make_optimizer
 from securetune.training.mechanism import (
     gradient_noise_multiplier,
     make_clipping,
+    make_mechanism,
     make_private_step,
-    make_sampler,
+    planned_header,
     privacy_spec,
 )
 from tests.sample_recipe import sample_recipe
@@ -87,6 +90,13 @@ TRUNCATED = {
     "privacy.num_units": 1000,
     "privacy.max_batch_size": 56,
 }
+FACTORED = {
+    "privacy.noise": "matrix_factorization",
+    "privacy.sampling": "fixed_order",
+    "privacy.sample_rate": 0.25,
+    "privacy.planned_resumptions": 2,
+    "privacy.delta": 1e-5,
+}
 FIXED = {"privacy.sampling": "fixed_size", "privacy.num_units": 1010}
 
 
@@ -121,9 +131,33 @@ def test_empty_places_are_drawn_and_weigh_nothing(tmp_path):
     step = OrdinaryStep(grads, torch.optim.SGD([grads.flat_params], lr=0.1), expected_batch_size=30)
     sampler = FixedSizeSampler(40, 30, key=bytes(32))
     trainer = Trainer(head, step, sampler, examples, micro_batch_tokens=64)
-    real = [sum(place < 12 for place in sampler.draw(number)) for number in (1, 2, 3)]
+    real = [sum(place < 12 for place in sampler.draw(number)) for number in (0, 1, 2)]
     assert [trainer.run_step(number).num_samples for number in (1, 2, 3)] == real
     assert max(real) <= 12
+
+
+def test_correlated_noise_is_one_mechanism_and_one_more_for_each_resumption():
+    recipe = sample_recipe(FACTORED)
+    spec = privacy_spec(recipe)
+    assert (spec.sampler, spec.sample_rate, spec.steps) == ("fixed order", 1.0, 3)
+    plan = plan_privacy(spec)
+    mechanism = make_mechanism(recipe, steps_done=0)
+    assert plan.phase == mechanism.phase(plan.noise_multiplier, runs=3)
+    assert (mechanism.bands, mechanism.participation.min_separation) == (10, 4)
+    assert mechanism.participation.max_participations == 3  # of ten steps the first, fifth and ninth
+    assert make_mechanism(recipe, steps_done=7).participation.steps == 3
+    header = planned_header(recipe, plan)
+    assert (header.sampler, header.sample_rate, header.planned_steps) == ("fixed order", 1.0, 3)
+    assert header.noise == {
+        "kind": "matrix_factorization",
+        "bands": 10,
+        "batches_per_epoch": 4,
+        "max_participations": 3,
+        "steps": 10,
+    }
+    assert "Poisson" not in sampling_statement(header) + noise_statement(header)
+    assert "without amplification by sampling; add or remove one record" in sampling_statement(header)
+    assert "a record takes part every 4 steps, 3 times at most" in noise_statement(header)
 
 
 def private_run(folder, recipe, *, sample_rate=1.0):
