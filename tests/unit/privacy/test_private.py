@@ -187,7 +187,35 @@ def test_killed_run_goes_on_with_the_steps_that_are_left(tmp_path):
 
 def test_checkpoint_that_the_ledger_has_not_paid_for_is_refused(tmp_path):
     with pytest.raises(PrivacyError, match="lost or shortened"):
-        private_run(tmp_path).load_state_dict({"steps_charged": 2, "clipping": {}})
+        private_run(tmp_path).load_state_dict({"steps_charged": 2, "writers": [], "clipping": {}})
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path):
+    """Its steps would be missing, although this ledger holds as many of its own."""
+    states = []
+    for _ in range(2):
+        (tmp_path / "ledger.jsonl").unlink(missing_ok=True)  # lost, and the run is started again
+        model = tiny_net()
+        private = private_run(tmp_path, model)
+        for batches in private.steps(micro_batch_size=4):
+            for batch in batches:
+                private.backward(losses_of(model, batch))
+            private.step()
+            states.append(json.loads(json.dumps(private.state_dict())))
+            break
+        private.close()
+    resumed = private_run(tmp_path, model)
+    with pytest.raises(PrivacyError, match="ledger of another run"):
+        resumed.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+
+
+@pytest.mark.parametrize("noise", [None, NoiseSource(KEY)], ids=["secret", "fixed for a test"])
+def test_dropout_masks_do_not_follow_from_a_known_seed(tmp_path, noise):
+    private = private_run(tmp_path, noise=noise)
+    torch.manual_seed(7)
+    next(private.steps(micro_batch_size=4))
+    assert (torch.initial_seed() == 7) == (noise is not None)
 
 
 def test_stopping_early_charges_the_whole_plan(tmp_path):
