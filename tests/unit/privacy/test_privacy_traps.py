@@ -17,19 +17,22 @@ trap  what goes wrong elsewhere                    tests
 7     gradient checkpointing                       here; per_sample_models::TestCheckpointing
 8     torch.compile                                per_sample_models::TestCompile
 9     dropout masks differ between passes          here; privacy/per_sample::test_dropout*; training/dropout
-10    a divisor counted over the batch             here; training/trainer::test_loss_with_a_divisor*
+10    a divisor counted over the batch             here; training/trainer::test_loss_with_a_divisor*,
+                                                   test_loss_that_depends_on_the_padding*
 11    a sample without supervised tokens           here; models/task::test_a_batch_without_supervised*
 12    mean or sum over the batch                   here
 13    batch statistics, in-batch negatives,        here; per_sample_moe::TestRefusals::test_balance_loss
       balance loss
-14    noise of a wrong size, or twice              step (one process); privacy/step::test_noise_has*.
+14    noise of a wrong size, or twice              step (one process); privacy/step::test_noise_has*,
+                                                   test_*_noise_is_not_charged*.
                                                    Several processes: with distributed training
 15    noise depends on the number of processes     privacy/noise::test_a_slice_equals*. The rest: with
                                                    distributed training
 16    processes with equal seeds draw the same     privacy/sampling::test_trap_16*, noise::test_new_sources*.
                                                    The rest: with distributed training
 17    noise is used twice                          step; privacy/noise::test_no_value_repeats*,
-                                                   test_steps_may_repeat*
+                                                   test_steps_may_repeat*; privacy/step::test_trap_17*;
+                                                   private::test_two_runs_with_one_sampler*
 18    an empty batch is skipped                    step; privacy/sampling::test_empty_samples_happen
 19    steps taken are not steps counted            step; privacy/ledger::test_trap_19*
 20    micro-batches change the sum                 step; per_sample_models::test_any_micro_batch_size*
@@ -45,13 +48,15 @@ trap  what goes wrong elsewhere                    tests
 28    the normal's tail is cut                     privacy/noise::test_tails_are_not_cut*, test_tail_mass*,
                                                    test_distribution_is_normal
 29    groups are accounted as one threshold        step; privacy/clipping::test_sensitivity_is_the_root*
-30    un-noised numbers leave by a side            step; training/trainer::test_nothing_unnoised*,
+30    un-noised numbers leave by a side            step; private::test_trap_30*; training/
+                                                   trainer::test_nothing_unnoised*,
                                                    training/stopping::test_noisy_score*, config/rules
-31    a second optimizer or parameter group        step; privacy/step::test_parameter_group_added*
+31    a second optimizer or parameter group        step; privacy/step::test_parameter_group_added*;
+                                                   training/trainer::test_parameters_that_join*
 32    frozen parameters move                       step
 33    accountant and calibration                   privacy/accounting::test_trap_33*
 34    resuming                                     privacy/sampling::test_trap_34*, odometer::test_trap_34*,
-                                                   training/finetune
+                                                   private::test_checkpoint*, training/finetune
 35    adapters that do not train                   step; privacy/per_sample::TestSelfCheck
 36    autotuning runs add into the output          kernels/clip_and_accumulate::test_same_call* (no kernel is
                                                    autotuned or uses atomics; test memory is poisoned)
