@@ -1,14 +1,15 @@
 """The ledger of a private run: every step is on disk before its noise is released.
 
 A JSON-lines file. The first line is the header: the public constants that epsilon follows from. Then one line
-per step charged, and one per noised release of held-out statistics. It holds no private data: no batch sizes,
-no losses, no norms.
+per step charged, with a random name of the process that charged it, and one per noised release of held-out
+statistics. It holds no private data: no batch sizes, no losses, no norms.
 """
 
 import fcntl
 import json
 import math
 import os
+import secrets
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, Self
@@ -184,11 +185,13 @@ class LedgerState(NamedTuple):
         steps_charged: Steps whose noise may have been released; a step repeated after a crash counts each
             time.
         release_epsilons: Epsilon of each release of held-out statistics.
+        writers: Random name of each process that charged steps: which run this is the ledger of.
     """
 
     header: LedgerHeader
     steps_charged: int
     release_epsilons: tuple[float, ...]
+    writers: frozenset[str] = frozenset()
 
     @property
     def remaining_steps(self) -> int:
@@ -270,6 +273,7 @@ class Ledger:
 
     def __init__(self, path: str | os.PathLike[str], header: LedgerHeader) -> None:
         self.path = Path(path)
+        self._name = secrets.token_hex(8)
         self._lock = _open_locked(self.path)
         try:
             line = canonical_json(header.model_dump()).decode()
@@ -353,8 +357,10 @@ class Ledger:
                 f"all {self._state.header.planned_steps} planned steps are charged in {self.path}: another "
                 "would pass the planned epsilon. End the run here, or plan more steps in a new run folder."
             )
-        self._append({"step": self.steps_charged if step is None else step})
-        self._state = self._state._replace(steps_charged=self.steps_charged + 1)
+        self._append({"step": self.steps_charged if step is None else step, "writer": self._name})
+        self._state = self._state._replace(
+            steps_charged=self.steps_charged + 1, writers=self._state.writers | {self._name}
+        )
         return self.steps_charged
 
     def charge_release(self, epsilon: float) -> float:
@@ -379,7 +385,7 @@ class Ledger:
         self._state = self._state._replace(release_epsilons=epsilons)
         return math.fsum(epsilons)
 
-    def _append(self, entry: dict[str, float | int]) -> None:
+    def _append(self, entry: dict[str, float | int | str]) -> None:
         self._refuse_if_changed()
         append_durable(self.path, canonical_json(entry).decode())
         self._size = os.fstat(self._lock.fileno()).st_size
@@ -426,15 +432,19 @@ def read_ledger(path: str | os.PathLike[str]) -> LedgerState:
     header = _parse_header(first, os.fspath(path))
     steps = 0
     releases: list[float] = []
+    writers: set[str] = set()
     for line in lines:
         if not line:
             continue
-        release = _parse_release(line)
-        if release is None:
-            steps += 1
-        else:
+        entry = _parse_entry(line)
+        release = _release_of(entry)
+        if release is not None:
             releases.append(release)
-    return LedgerState(header, steps, tuple(releases))
+            continue
+        steps += 1
+        if isinstance(writer := entry.get("writer"), str):
+            writers.add(writer)
+    return LedgerState(header, steps, tuple(releases), frozenset(writers))
 
 
 def _parse_header(line: bytes, name: str) -> LedgerHeader:
@@ -455,13 +465,18 @@ def _parse_header(line: bytes, name: str) -> LedgerHeader:
         ) from error
 
 
-def _parse_release(line: bytes) -> float | None:
-    """Read the epsilon of a release; ``None`` for everything else, all of which counts as a step."""
+def _parse_entry(line: bytes) -> dict[str, Any]:
+    """Read a line; an empty dictionary where it cannot be read, which counts as a step."""
     try:
         entry = json.loads(line)
     except ValueError:
-        return None
-    epsilon = entry.get("release_epsilon") if isinstance(entry, dict) and len(entry) == 1 else None
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _release_of(entry: dict[str, Any]) -> float | None:
+    """Read the epsilon of a release; ``None`` for everything else, all of which counts as a step."""
+    epsilon = entry.get("release_epsilon") if len(entry) == 1 else None
     return float(epsilon) if isinstance(epsilon, int | float) and 0 < epsilon < math.inf else None
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from securetune.errors import PrivacyError
+from securetune.errors import CheckpointError, PrivacyError
 from securetune.privacy.accounting import PrivacyPlan, PrivacySpec, plan_privacy
 from securetune.privacy.clipping import Clipping, FlatClipping
 from securetune.privacy.ledger import Ledger, LedgerHeader
@@ -123,6 +123,8 @@ class PrivateTraining:
         """Draw the samples of all remaining steps, one after the other.
 
         A sample may be empty: there is no micro-batch then, and :meth:`step` still adds noise and counts.
+        Torch's random generator is reseeded first, since dropout's masks must not follow from a seed that is
+        known; with a key fixed for a test it is not.
 
         Args:
             micro_batch_size: Most records in one forward pass, >= 1; the result does not depend on it. All
@@ -140,6 +142,8 @@ class PrivateTraining:
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be >= 1, got {micro_batch_size}.")
         collate = torch.utils.data.default_collate if collate_fn is None else collate_fn
+        if self.ledger.state.header.reportable_epsilon:
+            torch.seed()
         while self.remaining_steps:
             if self._is_in_step:
                 raise PrivacyError(
@@ -282,10 +286,15 @@ class PrivateTraining:
         """Return what belongs into a checkpoint, between two steps, beside model and optimizer.
 
         Returns:
-            ``steps_charged`` and the state of the clipping; public numbers, JSON-able. Keys are never in it:
-            a resumed run draws new ones.
+            ``steps_charged``, who charged them, and kind and state of the clipping; public, JSON-able. Keys
+            are never in it: a resumed run draws new ones.
         """
-        return {"steps_charged": self.ledger.steps_charged, "clipping": self.clipping.state_dict()}
+        return {
+            "steps_charged": self.ledger.steps_charged,
+            "writers": sorted(self.ledger.state.writers),
+            "clipping_mode": self.clipping.mode,
+            "clipping": self.clipping.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, with the ledger of the run that wrote it.
@@ -294,13 +303,26 @@ class PrivateTraining:
             state: From :meth:`state_dict`.
 
         Raises:
-            PrivacyError: If the ledger holds fewer steps than the checkpoint had paid for.
+            PrivacyError: If the ledger holds fewer steps than the checkpoint had paid for, or is another
+                run's.
+            CheckpointError: If the checkpoint is of a run with another kind of clipping.
         """
         if self.ledger.steps_charged < state["steps_charged"]:
             raise PrivacyError(
                 f"{self.ledger.path} holds {self.ledger.steps_charged} steps, but the checkpoint had paid "
                 f"for {state['steps_charged']}: the ledger was lost or shortened, so epsilon would be too "
                 "low. Restore it, or start a new run with a new ledger (its epsilon adds to this one's)."
+            )
+        if not self.ledger.state.writers.issuperset(state["writers"]):
+            raise PrivacyError(
+                f"{self.ledger.path} is the ledger of another run than this checkpoint: steps that the model "
+                "was trained with are not in it, so epsilon would be too low. Give the ledger of the "
+                "checkpoint's run."
+            )
+        if state["clipping_mode"] != self.clipping.mode:
+            raise CheckpointError(
+                f"the checkpoint is of a run with {state['clipping_mode']} clipping, this one has "
+                f"{self.clipping.mode}. Resume with the clipping of the saved run."
             )
         self.clipping.load_state_dict(state["clipping"])
 

@@ -434,11 +434,11 @@ class PrivateTrainer(Trainer):
         tolerance = _COARSE_TOLERANCE if is_coarse else _TOLERANCE
         if not torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
             raise PrivacyError(
-                f"the losses of two records are {together.tolist()} together but {apart.tolist()} apart: "
-                "they depend on their batch-mates. Causes: a divisor counted over the batch "
-                "(num_items_in_batch), a mean over the padded length, positions that padding on the left "
-                "moves, batch statistics, in-batch negatives. Divide by each record's own count, and pad on "
-                "the right or to a fixed length."
+                "the losses of two records differ when they are computed together and apart: they depend on "
+                "their batch-mates. Causes: a divisor counted over the batch (num_items_in_batch), a mean "
+                "over the padded length, positions that padding on the left moves, batch statistics, "
+                "in-batch negatives. Divide by each record's own count, and pad on the right or to a fixed "
+                "length."
             )
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from securetune.errors import PrivacyError
+from securetune.errors import CheckpointError, PrivacyError
 from securetune.privacy.accounting import epsilon_spent, plan_privacy
 from securetune.privacy.adaptive_clipping import AdaptiveClipping
-from securetune.privacy.clipping import PerLayerClipping
+from securetune.privacy.clipping import NormalizedClipping, PerLayerClipping
 from securetune.privacy.ledger import read_ledger
 from securetune.privacy.noise import NoiseSource
 from securetune.privacy.private import make_private
@@ -188,7 +188,45 @@ def test_killed_run_goes_on_with_the_steps_that_are_left(tmp_path):
 
 def test_checkpoint_that_the_ledger_has_not_paid_for_is_refused(tmp_path):
     with pytest.raises(PrivacyError, match="lost or shortened"):
-        private_run(tmp_path).load_state_dict({"steps_charged": 2, "clipping": {}})
+        private_run(tmp_path).load_state_dict(
+            {"steps_charged": 2, "writers": [], "clipping_mode": "flat", "clipping": {}}
+        )
+
+
+def test_checkpoint_of_another_kind_of_clipping_is_refused(tmp_path):
+    private = private_run(tmp_path, max_grad_norm=NormalizedClipping(1.0))
+    state = private.state_dict()
+    private.close()
+    with pytest.raises(CheckpointError, match="with normalized clipping, this one has flat"):
+        private_run(tmp_path, max_grad_norm=1.0).load_state_dict(state)  # same sensitivity, so same ledger
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path):
+    """Its steps would be missing, although this ledger holds as many of its own."""
+    states = []
+    for _ in range(2):
+        (tmp_path / "ledger.jsonl").unlink(missing_ok=True)  # lost, and the run is started again
+        model = tiny_net()
+        private = private_run(tmp_path, model)
+        for batches in private.steps(micro_batch_size=4):
+            for batch in batches:
+                private.backward(losses_of(model, batch))
+            private.step()
+            states.append(json.loads(json.dumps(private.state_dict())))
+            break
+        private.close()
+    resumed = private_run(tmp_path, model)
+    with pytest.raises(PrivacyError, match="ledger of another run"):
+        resumed.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+
+
+@pytest.mark.parametrize("noise", [None, NoiseSource(KEY)], ids=["secret", "fixed for a test"])
+def test_dropout_masks_do_not_follow_from_a_known_seed(tmp_path, noise):
+    private = private_run(tmp_path, noise=noise)
+    torch.manual_seed(7)
+    next(private.steps(micro_batch_size=4))
+    assert (torch.initial_seed() == 7) == (noise is not None)
 
 
 def test_stopping_early_charges_the_whole_plan(tmp_path):
