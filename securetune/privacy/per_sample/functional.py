@@ -187,6 +187,8 @@ class FunctionalPath(Path):
         if not self._is_looped:
             try:
                 return at_once()
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 if "randomness" in str(error):
                     raise _random_layer(self) from error

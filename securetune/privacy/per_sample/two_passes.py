@@ -220,8 +220,8 @@ def _output_gradients(uses: _Uses) -> list[Tensor]:
 
 
 def _wave(length: int, like: Tensor) -> Tensor:
-    steps = torch.arange(1, length + 1, dtype=torch.float64, device=like.device)
-    return torch.sin(steps.square() * 0.6180339887).mul_(2**0.5).to(like.dtype)
+    steps = torch.arange(1, length + 1, dtype=like.dtype, device=like.device)
+    return torch.sin(steps.square() * 0.6180339887).mul_(2**0.5)
 
 
 def _tolerance(uses: _Uses) -> float:
