@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from securetune.config.schema import DataConfig, PrivacyConfig, TrainingConfig
+    from securetune.config.schema import DataConfig, PrivacyConfig, PublishConfig, TrainingConfig
 
 Problem = tuple[str, str]
 """A dotted path and what is wrong there."""
@@ -208,7 +208,23 @@ def _noise(privacy: "PrivacyConfig") -> Iterator[Problem]:
         )
 
 
+def _releases_of_fixed_size(
+    privacy: "PrivacyConfig", publish: "PublishConfig", training: "TrainingConfig"
+) -> Iterator[Problem]:
+    if not privacy.enabled or privacy.sampling != "fixed_size":
+        return
+    why = (
+        "with privacy.sampling = 'fixed_size': a record that is replaced by another may change sides, and "
+        "then both budgets are paid. Remove it, or set privacy.sampling to 'poisson' or 'truncated_poisson'."
+    )
+    if publish.release_epsilon is not None:
+        yield "publish.release_epsilon", f"cannot be set {why}"
+    if training.early_stopping.method == "noisy_test":
+        yield "training.early_stopping.method", f"cannot be 'noisy_test' {why}"
+
+
 PRIVACY_RULES: list[Rule] = [
+    (("privacy", "publish", "training"), _releases_of_fixed_size),
     (("privacy",), _noise),
     (("privacy", "data"), _unit),
     (("privacy", "data", "training"), _micro_batch_of_users),

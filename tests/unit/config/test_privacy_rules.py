@@ -12,6 +12,7 @@ FACTORED = {
     "privacy.sampling": "fixed_order",
     "privacy.sample_rate": 0.05,
 }
+FIXED = {"privacy.sampling": "fixed_size", "privacy.num_units": 1000}
 TRUNCATED = {
     "privacy.sampling": "truncated_poisson",
     "privacy.num_units": 1000,
@@ -196,6 +197,20 @@ TRUNCATED = {
             {**FACTORED, "privacy.num_units": 1000},
             "privacy.num_units",
             "has no effect with sampling = 'fixed_order', where the number of records is private. Remove it.",
+        ),
+        (
+            {**FIXED, "publish.release_epsilon": 1.0},
+            "publish.release_epsilon",
+            "cannot be set with privacy.sampling = 'fixed_size': a record that is replaced by another",
+        ),
+        (
+            {
+                **FIXED,
+                "training.early_stopping": {"method": "noisy_test", "epsilon": 1.0},
+                "data.min_held_out": 1200,
+            },
+            "training.early_stopping.method",
+            "cannot be 'noisy_test' with privacy.sampling = 'fixed_size'",
         ),
         (
             {"privacy.clipping": {"mode": "layerwise"}},
