@@ -7,13 +7,16 @@ from ._linear import Segments
 from .clip_and_accumulate import clip_and_accumulate
 from .clipped_linear_grad import clipped_linear_grad
 from .linear_grad_norms import LinearGradNorms, linear_grad_norms
+from .lora_per_sample_grads import Adapter, lora_per_sample_grads
 from .pgd_step import pgd_step
 
 __all__ = [
+    "Adapter",
     "LinearGradNorms",
     "Segments",
     "clip_and_accumulate",
     "clipped_linear_grad",
     "linear_grad_norms",
+    "lora_per_sample_grads",
     "pgd_step",
 ]
