@@ -23,6 +23,7 @@ NAME = "kernels"
 OPS = (
     "noisy_step",
     "gaussian_noise",
+    "lora_per_sample_grads",
     "linear_grad_norms",
     "clipped_linear_grad",
     "clip_and_accumulate",

@@ -8,10 +8,12 @@ from .clip_and_accumulate import clip_and_accumulate
 from .clipped_linear_grad import clipped_linear_grad
 from .gaussian_noise import gaussian_noise
 from .linear_grad_norms import LinearGradNorms, linear_grad_norms
+from .lora_per_sample_grads import Adapter, lora_per_sample_grads
 from .noisy_step import ParameterTable, noisy_adamw_step, noisy_sgd_step
 from .pgd_step import pgd_step
 
 __all__ = [
+    "Adapter",
     "LinearGradNorms",
     "ParameterTable",
     "Segments",
@@ -19,6 +21,7 @@ __all__ = [
     "clipped_linear_grad",
     "gaussian_noise",
     "linear_grad_norms",
+    "lora_per_sample_grads",
     "noisy_adamw_step",
     "noisy_sgd_step",
     "pgd_step",

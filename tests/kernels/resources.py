@@ -28,8 +28,10 @@ CLIP = "securetune_kernels.clip_and_accumulate.triton_kernels"
 NOISE = "securetune_kernels.gaussian_noise.triton_kernels"
 STEP = "securetune_kernels.noisy_step.triton_kernels"
 PGD = "securetune_kernels.pgd_step.triton_kernels"
+LINEAR = "securetune_kernels._linear.triton_kernels"
 LINEAR_NORMS = "securetune_kernels.linear_grad_norms.triton_kernels"
 LINEAR_SUM = "securetune_kernels.clipped_linear_grad.triton_kernels"
+LORA = "securetune_kernels.lora_per_sample_grads.triton_kernels"
 # How products on tensor cores are spelled in each chip's assembly, the best first: tiles of fewer than 64
 # rows run on the instructions of older chips.
 TENSOR_CORE_WORDS = {
@@ -98,6 +100,7 @@ def variants() -> Iterator[Variant]:
     yield from _step_variants()
     yield from _pgd_variants()
     yield from _linear_variants()
+    yield from _lora_variants()
 
 
 def _noise_variants() -> Iterator[Variant]:
@@ -188,7 +191,7 @@ def _pgd_variants() -> Iterator[Variant]:
 
 
 def _linear_variants() -> Iterator[Variant]:
-    norms, total = importlib.import_module(LINEAR_NORMS), importlib.import_module(LINEAR_SUM)
+    linear, norms, total = (importlib.import_module(name) for name in (LINEAR, LINEAR_NORMS, LINEAR_SUM))
     sizes = dict.fromkeys(("num_tokens", "num_inputs", "num_outputs"), "i32")
     token_strides = tuple(f"{x}_{kind}_stride" for x in ("a", "g") for kind in ("unit", "token"))
     aligned = ("num_inputs", "num_outputs", *token_strides)
@@ -230,10 +233,32 @@ def _linear_variants() -> Iterator[Variant]:
                 tile.num_warps, tile.num_stages, (*aligned, "out_row_stride"),
             )  # fmt: skip
     yield Variant(
-        LINEAR_NORMS, "_add_up_kernel", f"{norms.BLOCK_PARTIALS} tiles",
+        LINEAR, "_add_up_kernel", f"{linear.BLOCK_PARTIALS} tiles",
         {"partials_ptr": "*fp32", "out_ptr": "*fp32"}, {"num_partials": "i32"},
-        {"BLOCK": norms.BLOCK_PARTIALS}, 4,
+        {"BLOCK": linear.BLOCK_PARTIALS}, 4,
     )  # fmt: skip
+
+
+def _lora_variants() -> Iterator[Variant]:
+    lora = importlib.import_module(LORA)
+    strides = ("wide_unit_stride", "wide_token_stride", "narrow_unit_stride", "narrow_token_stride",
+               "out_unit_stride", "out_wide_stride")  # fmt: skip
+    sizes = ("num_units", "num_tokens", "num_tiles", "wide_size", "narrow_size")
+    cases = (("bf16", 16, False), ("bf16", 16, True), ("bf16", 64, True), ("fp32", 16, True))
+    for dtype, rank, has_table in cases:
+        tile = lora.adapter_tile(rank, _torch_dtype(dtype))
+        label = f"{dtype}, {tile.rows} x {tile.cols} x {tile.depth}, {'several' if has_table else 'one'}"
+        yield Variant(
+            LORA, "_adapter_kernel", label,
+            {"table_ptr": "*i64", "wide_ptr": f"*{dtype}", "narrow_ptr": f"*{dtype}",
+             "cu_seqlens_ptr": "*i32",
+             "out_ptr": "*fp32", "partials_ptr": "*fp32"},
+            {**dict.fromkeys((*sizes, *strides), "i32"), "scale": "fp32"},
+            {"wide_stride": 1, "narrow_stride": 1, "out_narrow_stride": 1, "HAS_TABLE": has_table,
+             "IS_OUT_ALIGNED": True, "HAS_SEGMENTS": False, "HAS_NORMS": True, "ACCUMULATE": False,
+             "BLOCK_WIDE": tile.rows, "BLOCK_NARROW": tile.cols, "BLOCK_T": tile.depth, "WIDEN": False},
+            tile.num_warps, tile.num_stages, ("wide_size", "narrow_size", *strides),
+        )  # fmt: skip
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -252,7 +252,7 @@ FOUR_TOKENS = Segments.of(torch.tensor([0, 4]), 4)
         ((A[0], G[0]), {"cu_seqlens": torch.tensor([0, 4])}, ValueError, "number of tokens, 3, got 0 to 4"),
         ((A[0], G[0]), {"cu_seqlens": torch.tensor([1, 3])}, ValueError, "number of tokens, 3, got 1 to 3"),
         ((A[0], G[0]), {"cu_seqlens": torch.tensor([0, 2, 1, 3])}, ValueError, "got 1 after 2 at unit 1"),
-        ((A[0], G[0]), {"cu_seqlens": FOUR_TOKENS}, ValueError, "of 4 tokens, a and g have 3"),
+        ((A[0], G[0]), {"cu_seqlens": FOUR_TOKENS}, ValueError, "of 4 tokens, there are 3"),
     ],
 )  # fmt: skip
 def test_wrong_argument_is_named_with_its_value(arguments, options, kind, message):

@@ -96,14 +96,36 @@ def check_layer_factors(a: Tensor, g: Tensor, cu_seqlens: "Tensor | Segments | N
         )
     if a.device != g.device:
         raise ValueError(f"a is on {a.device} and g on {g.device}; both must be on one device.")
+    return segments_of(a, cu_seqlens)
+
+
+def segments_of(x: Tensor, cu_seqlens: "Tensor | Segments | None") -> Segments | None:
+    """Check the segments of packed tokens.
+
+    Args:
+        x: ``[N, ...]``: the tokens; ``[U, T, ...]`` without segments.
+        cu_seqlens: ``[U + 1]``, or segments that are checked already, or None.
+
+    Returns:
+        The segments, None for a batch.
+
+    Raises:
+        TypeError: If ``cu_seqlens`` is not int32 or int64.
+        ValueError: If ``x`` has another number of dimensions or tokens, or another device.
+    """
+    ndim, form = (3, "[U, T, ...]") if cu_seqlens is None else (2, "[N, ...]")
+    if x.ndim != ndim:
+        given = "without" if cu_seqlens is None else "with"
+        raise ValueError(f"tokens must have shape {form} {given} cu_seqlens, got {tuple(x.shape)}.")
     if cu_seqlens is None:
         return None
-    segments = cu_seqlens if isinstance(cu_seqlens, Segments) else Segments.of(cu_seqlens, a.shape[0])
-    if segments.offsets[-1] != a.shape[0]:
-        raise ValueError(f"cu_seqlens are of {segments.offsets[-1]} tokens, a and g have {a.shape[0]}.")
-    if segments.cu_seqlens.device != a.device:
+    segments = cu_seqlens if isinstance(cu_seqlens, Segments) else Segments.of(cu_seqlens, x.shape[0])
+    if segments.offsets[-1] != x.shape[0]:
+        raise ValueError(f"cu_seqlens are of {segments.offsets[-1]} tokens, there are {x.shape[0]}.")
+    if segments.cu_seqlens.device != x.device:
         raise ValueError(
-            f"cu_seqlens is on {segments.cu_seqlens.device} and a on {a.device}; both must be on one device."
+            f"cu_seqlens is on {segments.cu_seqlens.device} and the tokens on {x.device}; both must be on "
+            "one device."
         )
     return segments
 

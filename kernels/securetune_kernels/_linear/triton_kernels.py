@@ -14,6 +14,7 @@ from .inputs import Segments
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # On AMD one stage of loads in flight; more would not fit the 64 KiB of local memory of a gfx942.
 HALF_STAGES = 2 if torch.version.hip else 3
+BLOCK_PARTIALS = 1024  # partial sums that the reduction loads at once
 
 
 class Tile(NamedTuple):
@@ -103,12 +104,33 @@ def product_over_tokens(
     for start in range(0, length, BLOCK_TOKENS):
         tokens = start + tl.arange(0, BLOCK_TOKENS)  # [BLOCK_TOKENS]
         here = tokens < length
-        wide = tokens.to(tl.int64)[:, None]
-        left_ptrs = left_ptr + wide * left_token_stride + rows[None, :] * left_stride
-        right_ptrs = right_ptr + wide * right_token_stride + cols[None, :] * right_stride
-        left = tl.load(left_ptrs, mask=here[:, None] & in_rows[None, :], other=0.0)
+        places = tokens.to(tl.int64)
+        left_ptrs = left_ptr + rows[:, None] * left_stride + places[None, :] * left_token_stride
+        right_ptrs = right_ptr + places[:, None] * right_token_stride + cols[None, :] * right_stride
+        left = tl.load(left_ptrs, mask=in_rows[:, None] & here[None, :], other=0.0)
         right = tl.load(right_ptrs, mask=here[:, None] & in_cols[None, :], other=0.0)
         if WIDEN:
             left, right = left.to(tl.float32), right.to(tl.float32)
-        acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def _add_up_kernel(partials_ptr, out_ptr, num_partials, BLOCK: tl.constexpr):
+    # one program per unit; float64, so that thousands of tiles cost no digits
+    unit = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), dtype=tl.float64)
+    for start in range(0, num_partials, BLOCK):
+        index = start + tl.arange(0, BLOCK)  # [BLOCK]
+        ptrs = partials_ptr + unit * num_partials + index
+        total += tl.load(ptrs, mask=index < num_partials, other=0.0).to(tl.float64)
+    tl.store(out_ptr + unit, tl.sum(total, axis=0).to(tl.float32))
+
+
+def add_up(partials: Tensor) -> Tensor:
+    """Add up each row of ``[U, K]`` float32 partial sums in a fixed order: ``[U]``, float32."""
+    num_units, num_partials = partials.shape
+    out = torch.empty(num_units, device=partials.device, dtype=torch.float32)
+    block = min(BLOCK_PARTIALS, triton.next_power_of_2(num_partials))
+    _add_up_kernel[(num_units,)](partials, out, num_partials, BLOCK=block, num_warps=1 if block <= 64 else 4)
+    return out

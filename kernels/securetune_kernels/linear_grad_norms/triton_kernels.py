@@ -10,6 +10,7 @@ from .._linear import Segments
 from .._linear.triton_kernels import (
     Layout,
     Tile,
+    add_up,
     layout_of,
     must_widen,
     product_over_tokens,
@@ -25,7 +26,6 @@ SMALL_GRAM_WARPS = 4
 NORM_TOKENS = 16
 NORM_FEATURES = 128
 NORM_WARPS = 4
-BLOCK_PARTIALS = 1024  # partial sums that the reduction loads at once
 # Tensor cores add up 16 products at a time and may round each sum toward zero, so a long sum comes out short.
 # So many units in the last place for each such addition, which is at least the root of the length for
 # float32.
@@ -221,18 +221,6 @@ def _lengths_kernel(
     tl.store(lengths_ptr + program, tl.sum(tl.sqrt_rn(squares_a) * tl.sqrt_rn(squares_g), axis=0))
 
 
-@triton.jit
-def _add_up_kernel(partials_ptr, out_ptr, num_partials, BLOCK: tl.constexpr):
-    # one program per unit; float64, so that thousands of tiles cost no digits
-    unit = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), dtype=tl.float64)
-    for start in range(0, num_partials, BLOCK):
-        index = start + tl.arange(0, BLOCK)  # [BLOCK]
-        ptrs = partials_ptr + unit * num_partials + index
-        total += tl.load(ptrs, mask=index < num_partials, other=0.0).to(tl.float64)
-    tl.store(out_ptr + unit, tl.sum(total, axis=0).to(tl.float32))
-
-
 def is_gram_cheaper(layout: Layout, num_inputs: int, num_outputs: int) -> bool:
     """Tell which way takes fewer FLOPs: ``T^2 (d + p)`` a unit for one triangle, or ``2 T d p``."""
     gram_flops = layout.num_pairs * (num_inputs + num_outputs)
@@ -253,7 +241,7 @@ def linear_grad_norms_triton(a: Tensor, g: Tensor, *, segments: Segments | None 
     launch = _launch_gram if is_gram_cheaper(layout, a.shape[-1], g.shape[-1]) else _launch_direct
     with on_device_of(a):
         partial_squares, partial_lengths, longest_sum = launch(a, g, layout)
-        squared, lengths = (_add_up(partials) for partials in (partial_squares, partial_lengths))
+        squared, lengths = (add_up(partials) for partials in (partial_squares, partial_lengths))
     rounding = torch.finfo(torch.float32).eps * longest_sum / PRODUCTS_PER_ADDITION
     return LinearGradNorms(squared, lengths, rounding)
 
@@ -325,11 +313,3 @@ def _launch_direct(a: Tensor, g: Tensor, layout: Layout) -> tuple[Tensor, Tensor
         num_warps=NORM_WARPS,
     )
     return squares, lengths, 2 * layout.max_tokens
-
-
-def _add_up(partials: Tensor) -> Tensor:
-    num_units, num_partials = partials.shape
-    out = torch.empty(num_units, device=partials.device, dtype=torch.float32)
-    block = min(BLOCK_PARTIALS, triton.next_power_of_2(num_partials))
-    _add_up_kernel[(num_units,)](partials, out, num_partials, BLOCK=block, num_warps=1 if block <= 64 else 4)
-    return out

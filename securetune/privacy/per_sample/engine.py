@@ -341,6 +341,23 @@ class PerSampleGradients:
         start, stop = self._row_columns[place.index]
         return self._buffer[: self._rows, start:stop]
 
+    def rows_to_write(self, *places: TrainableParameter) -> tuple[list[Tensor], bool]:
+        """Hand a path the places that it writes itself in the running pass.
+
+        Args:
+            *places: Parameters whose gradients are written together.
+
+        Returns:
+            ``[B, *shape]`` of each parameter, and whether to add to what is there: the module ran before.
+        """
+        is_added = any(place.index in self._written for place in places)
+        rows = [self.row_slice(place).unflatten(1, place.parameter.shape) for place in places]
+        for place, own in zip(places, rows, strict=True):
+            if is_added and place.index not in self._written:
+                own.zero_()
+            self._written.add(place.index)
+        return rows, is_added
+
     def refuse_plain_backward(self, parameters: Sequence[nn.Parameter]) -> None:
         """Raise if the running pass is a plain ``loss.backward()``, which would leave these untrained."""
         for parameter in parameters:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
 from securetune.privacy.per_sample.paths import Path
+from securetune_kernels import Adapter, lora_per_sample_grads
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -83,15 +84,9 @@ class LoraPath(Path):
             return
         x, g = as_3d(engine.by_sample(x, self.name)), as_3d(engine.by_sample(g, self.name))
         shape = (*x.shape[:2], -1)
-        # Products in the buffer's float32: exact to its rounding, and faster than many small bfloat16
-        # products on a CPU.
-        dtype = engine.compute_dtype
-        x, h, g, g_low = (part.to(dtype) for part in (x, h.view(shape), g, g_low.view(shape)))
-        # B's gradient comes transposed, [B, r, p]: on CPUs products with r rows are three times as fast as
-        # products with r columns.
-        grad_b = torch.bmm(h.transpose(1, 2) * self.layer.scaling, g).transpose(1, 2)
-        engine.record_rows(place_a, torch.bmm(g_low.transpose(1, 2), x), self.name)
-        engine.record_rows(place_b, grad_b, self.name)
+        (grad_a, grad_b), is_added = engine.rows_to_write(place_a, place_b)
+        adapter = Adapter(x, h.view(shape), g, g_low.view(shape), grad_a, grad_b)
+        lora_per_sample_grads([adapter], scaling=self.layer.scaling, accumulate=is_added)
 
 
 class _LinearWithAdapter(torch.autograd.Function):

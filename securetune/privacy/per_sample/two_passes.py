@@ -195,11 +195,7 @@ class _Summing:
 
 
 def _print(uses: _Uses, dtype: torch.dtype) -> Tensor:
-    """Project each sample's inputs and output gradients onto fixed waves, and take their sizes.
-
-    Returns:
-        ``[2, 2, B]``: inputs and gradients; projections and sizes.
-    """
+    # each sample's inputs and output gradients on fixed waves, and their sizes: [2, 2, B]
     inputs = [use[0] for use in (*uses.dense, *uses.routed)]
     return torch.stack([_project(part, dtype, uses) for part in (inputs, _output_gradients(uses))])
 
