@@ -386,6 +386,13 @@ def make_private(
             f"the sampler draws from {sampler.num_records} records, but {len(records)} are given. Make it "
             "with num_records=len(records), or with the user of each record in its order."
         )
+    planned_units = expected_batch_size / sampler.sample_rate
+    if delta * planned_units > 1 + 1e-9:
+        raise ValueError(
+            f"delta must be at most one over the planned number of {sampler.describe().unit}s, "
+            f"expected_batch_size / sample_rate = {planned_units:g}, got {delta:g}: a larger one would allow "
+            "to publish some of them outright."
+        )
     if steps is None:
         assert epochs is not None
         steps = max(1, round(epochs / sampler.sample_rate))

@@ -473,6 +473,7 @@ def test_refused_arguments_leave_the_model_as_it_was(tmp_path):
     [
         ({"sample_rate": None}, "either sample_rate or sampler"),
         ({"epochs": 2}, "either steps or epochs"),
+        ({"delta": 0.1}, "one over the planned number of records, expected_batch_size / sample_rate = 12"),
         ({"sampler": PoissonSampler(N + 1, 0.5)}, "draws from 13 records, but 12"),
         (
             {"sampler": UserSampler("ABCDEF", PoissonSampler(6, 0.5), max_records_per_user=1)},
