@@ -135,7 +135,7 @@ class PrivacyStatement(_Part):
         noise_multiplier: Noise standard deviation over ``max_grad_norm``.
         sample_rate: Probability that a record is in a batch.
         expected_batch_size: The divisor of the summed gradient.
-        steps_planned: Steps the noise was calibrated for.
+        steps_planned: Steps the noise was calibrated for; mechanisms, where it is correlated over the steps.
         steps_charged: Steps in the ledger, repeated ones counted each time.
         max_grad_norm: Clipping threshold.
         clipping: How each unit's gradient is bounded, as a sentence, with the sensitivity.
