@@ -333,6 +333,7 @@ def made(tmp_path):
             expected_batch_size=DIVISOR,
             planned_steps=1 if whole_run else 20,
             reportable_epsilon=reportable,
+            sampler="fixed order" if whole_run else "Poisson",
         )
         ledger = Ledger(tmp_path / f"{len(opened)}.jsonl", header)
         opened.append(ledger)
