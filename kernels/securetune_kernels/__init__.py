@@ -9,17 +9,20 @@ from .clipped_linear_grad import clipped_linear_grad
 from .embedding_grad_norms import embedding_grad_norms, tied_cross_products
 from .linear_grad_norms import LinearGradNorms, linear_grad_norms
 from .lora_per_sample_grads import Adapter, lora_per_sample_grads
+from .per_sample_sums import Normalized, per_sample_sums
 from .pgd_step import pgd_step
 
 __all__ = [
     "Adapter",
     "LinearGradNorms",
+    "Normalized",
     "Segments",
     "clip_and_accumulate",
     "clipped_linear_grad",
     "embedding_grad_norms",
     "linear_grad_norms",
     "lora_per_sample_grads",
+    "per_sample_sums",
     "pgd_step",
     "tied_cross_products",
 ]
