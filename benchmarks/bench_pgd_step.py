@@ -49,6 +49,11 @@ GPU_SHAPES = (
 )
 
 
+def label_of(shape: Shape, norm: Norm) -> str:
+    """Name a case, as in the table."""
+    return f"{norm} B={shape.num_samples} T={shape.num_tokens} D={shape.num_embed} ({shape.model})"
+
+
 def run(context: Context) -> Iterable[Result]:
     """Measure each norm on each shape that suits the device, with the direction its attack uses."""
     shapes = QUICK_SHAPES if context.quick else GPU_SHAPES if context.device.type == "cuda" else CPU_SHAPES
@@ -80,7 +85,7 @@ def _run_norm(shape: Shape, norm: Norm, context: Context) -> Iterator[Result]:
     if context.device.type == "cuda":
         compiled = torch.compile(in_torch)
         baselines[f"torch {version} (compile)"] = lambda: compiled(delta, grad, mask)
-    label = f"{norm} B={size[0]} T={size[1]} D={size[2]} ({shape.model})"
+    label = label_of(shape, norm)
     dtype = str(shape.dtype).removeprefix("torch.")
     agreements = {
         name: check_agreement(f"{label}, {name}", ours(), baseline(), tolerance=TOLERANCES[shape.dtype])

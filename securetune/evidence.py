@@ -31,6 +31,7 @@ METRICS: Final[dict[str, str]] = {
     "heldout_loss": "held-out loss (nats per supervised token)",
     "membership_auc": "membership inference AUC",
     "membership_tpr_at_1pct_fpr": "membership true-positive rate at 1 % false positives",
+    "memorisation_gap": "memorisation gap (nats per text)",
     "epsilon": "privacy loss epsilon",
     "accuracy_difference": "difference in accuracy",
     "accuracy_pgd_difference": "difference in accuracy under an embedding PGD attack",

@@ -197,6 +197,10 @@ def sample_report(**changes: Any) -> Report:
             steps_planned=15,
             steps_charged=15,
             max_grad_norm=1.0,
+            clipping="flat: each record's gradient is scaled to L2 norm at most 1; sensitivity 1",
+            sampling=(
+                "Poisson sampling at rate 0.03125; add or remove one record; the number of records is private"
+            ),
             max_true_positive_rate_at_1pct_fpr=0.99966,
             max_true_positive_rate_at_1pct_fpr_pld=0.5466,
             release_epsilon=1.0,

@@ -21,7 +21,9 @@ class Ledger:
     """Counts charges; stands in for the file where nothing is released for good."""
 
     def __init__(self, noise_multiplier: float) -> None:
-        self.state = SimpleNamespace(header=SimpleNamespace(noise_multiplier=noise_multiplier))
+        self.state = SimpleNamespace(
+            header=SimpleNamespace(noise_multiplier=noise_multiplier, reportable_epsilon=False)
+        )
         self.charged = 0
 
     def charge(self) -> None:

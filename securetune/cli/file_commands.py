@@ -36,7 +36,7 @@ def init(
     rows = read_rows(data, "auto")
     text = recipe_template(data, (row.values for row in rows), name=name, model=model)
     recipe = parse_recipe(text, "the new recipe")
-    load_records(recipe.data, recipe.task)
+    load_records(recipe.data, recipe.task, user_field=recipe.data.user_field)
     target = output or Path(f"{recipe.name}.yaml")
     _refuse_existing(target, force=force)
     write_atomic(target, text, mode=0o644)

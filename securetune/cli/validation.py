@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from securetune.config.schema import Recipe
-from securetune.config.size import require_enough_records, size_warning
+from securetune.config.size import require_enough_records, require_places, size_warning
 from securetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ def check_data(recipe: Recipe, *, with_lengths: bool = True) -> Iterator[str]:
     Raises:
         DataError: If the records cannot be used with this recipe.
     """
-    from securetune.data.sources import load_records
+    from securetune.data.sources import load_public_records, load_records
     from securetune.data.splits import deduplicate, drop_conflicting
 
-    loaded = load_records(recipe.data, recipe.task)
+    loaded = load_records(recipe.data, recipe.task, user_field=recipe.data.user_field)
     screened = drop_conflicting(loaded) if recipe.data.screen == "cross_record" else loaded
     kept = deduplicate(screened, method=recipe.data.deduplicate, is_protected=recipe.privacy.enabled)
     records = kept.records
@@ -49,19 +49,43 @@ def check_data(recipe: Recipe, *, with_lengths: bool = True) -> Iterator[str]:
         yield f"warning   {kept.num_conflicting:,} records share their text with a record of another label"
     if recipe.task == "classify":
         yield f"labels    {_balance(records, recipe.data.labels)}"
-    num_held_out = round(len(records) * recipe.data.held_out_fraction)
-    num_training = len(records) - num_held_out
-    yield f"split     about {num_training:,} for training and {num_held_out:,} held out"
+    num_units = len(records)
+    if recipe.privacy.unit == "user":
+        counts = Counter(record.user_id for record in records)
+        num_units = len(counts)
+        yield _users(recipe, sorted(counts.values()))
+    num_held_out = round(num_units * recipe.data.held_out_fraction)
+    num_training = num_units - num_held_out
+    unit = "" if recipe.privacy.unit == "record" else " users"
+    yield f"split     about {num_training:,}{unit} for training and {num_held_out:,} held out"
     if num_held_out < recipe.data.min_held_out:
         yield (
             f"warning   data.min_held_out = {recipe.data.min_held_out:,} will hardly be reached: "
             "raise data.held_out_fraction"
         )
     require_enough_records(recipe, num_training)
+    require_places(recipe, num_training)
     if warning := size_warning(recipe, num_training):
         yield f"warning   {warning}"
+    public: list[Record] = []
+    if recipe.data.public_validation is not None:
+        public = load_public_records(
+            recipe.data.public_validation, recipe.data.labels, recipe.task, private=records
+        )
+        yield f"public    {len(public):,} validation records read, none of them private too"
     if with_lengths:
-        yield _check_lengths(recipe, records)
+        yield f"lengths   {_check_lengths(recipe, records)}"
+        if public:
+            yield f"public    {_check_lengths(recipe, public, option='data.public_validation')}"
+
+
+def _users(recipe: Recipe, counts: Sequence[int]) -> str:
+    most = recipe.privacy.max_records_per_user or 1
+    above = sum(count > most for count in counts)
+    return (
+        f"users     {len(counts):,}, with {counts[0]:,} to {counts[-1]:,} records (median "
+        f"{counts[len(counts) // 2]:,}); {above:,} have more than the {most:,} of a step"
+    )
 
 
 def _balance(records: "Sequence[Record]", labels: Sequence[str]) -> str:
@@ -72,7 +96,7 @@ def _balance(records: "Sequence[Record]", labels: Sequence[str]) -> str:
     )
 
 
-def _check_lengths(recipe: Recipe, records: "Sequence[Record]") -> str:
+def _check_lengths(recipe: Recipe, records: "Sequence[Record]", *, option: str = "data.private") -> str:
     from transformers import AutoTokenizer
 
     from securetune.data.encode import encode_records, label_token_ids
@@ -92,9 +116,14 @@ def _check_lengths(recipe: Recipe, records: "Sequence[Record]") -> str:
     )
     if recipe.task == "classify":
         label_token_ids(tokenizer, data.words, prompt=data.prompt)
+    if not examples:
+        raise DataError(
+            f"{option}: all {len(records):,} records are longer than data.max_length ({data.max_length}). "
+            "Raise it, or give shorter records."
+        )
     lengths = sorted(len(example.input_ids) for example in examples)
     num_truncated = sum(example.is_truncated for example in examples)
     return (
-        f"lengths   median {lengths[len(lengths) // 2]}, longest {lengths[-1]} of {data.max_length} tokens; "
+        f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]} of {data.max_length} tokens; "
         f"{num_truncated:,} truncated, {len(records) - len(examples):,} dropped"
     )

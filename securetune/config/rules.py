@@ -1,8 +1,10 @@
 """Rules between options of a recipe. Each looks only at sections that are valid by themselves."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from securetune.config.privacy_rules import PRIVACY_RULES, Problem, Rule
 
 if TYPE_CHECKING:
     from securetune.config.schema import (
@@ -16,9 +18,6 @@ if TYPE_CHECKING:
         PublishConfig,
         TrainingConfig,
     )
-
-Problem = tuple[str, str]
-"""A dotted path and what is wrong there."""
 
 # half of the texts are non-members, and a false-positive rate of 1 % needs 1,000 of those
 _MIN_MEMBERSHIP_AT_1PCT = 2000
@@ -119,16 +118,6 @@ def _privacy_of_data(data: "DataConfig", privacy: "PrivacyConfig") -> Iterator[P
         yield (
             "data.screen",
             f"cannot be 'cross_record' with privacy.enabled = true: it {reason}. Set it to 'none'.",
-        )
-
-
-def _delta(privacy: "PrivacyConfig") -> Iterator[Problem]:
-    largest = 1 / privacy.expected_records
-    if privacy.enabled and privacy.delta > largest:
-        yield (
-            "privacy.delta",
-            f"must be at most 1/N = {largest:.3g}, got {privacy.delta:g}. "
-            f"N = expected_batch_size / sample_rate = {privacy.expected_records:,.0f} records.",
         )
 
 
@@ -370,13 +359,13 @@ def _release_of_task(publish: "PublishConfig", task: str) -> Iterator[Problem]:
         )
 
 
-_RULES: list[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]]] = [
+_RULES: list[Rule] = [
     (("run_dir", "publish"), _folders),
     (("data",), _private_data),
     (("data",), _public_validation),
     (("task", "data"), _task),
     (("data", "privacy"), _privacy_of_data),
-    (("privacy",), _delta),
+    *PRIVACY_RULES,
     (("training", "data"), _training),
     (("training", "data"), _early_stopping),
     (("training", "privacy", "publish"), _early_stopping_under_privacy),

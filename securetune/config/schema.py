@@ -23,6 +23,7 @@ Metric = Literal[
     "accuracy_char",
     "membership_auc",
     "membership_tpr_at_1pct_fpr",
+    "memorisation_gap",
     "heldout_loss",
     "epsilon",
     "accuracy_difference",
@@ -78,6 +79,8 @@ class DataConfig(Section):
     public_validation: PublicDataConfig | None = None
     """Public records, of the same shape as the private ones, that decide when to stop
     (`training.early_stopping`). Epsilon does not protect them; a record must not be in both."""
+    user_field: str | None = Field(default=None, min_length=1)
+    """Column that names the user of each private record, by text or number, for `privacy.unit: user`."""
     labels: list[str] = Field(default_factory=list)
     """The labels, for `task: classify`, as they stand in the data."""
     label_words: list[str] | None = None
@@ -90,9 +93,10 @@ class DataConfig(Section):
     on_overlong: Literal["error", "truncate", "drop"] = "error"
     """What happens to a longer record. Each choice looks at one record alone: all are fine under privacy."""
     held_out_fraction: Fraction = 0.2
-    """Share of the records kept out of training for evaluation, chosen record by record with a keyed hash."""
+    """Share of the records kept out of training for evaluation, chosen record by record with a keyed hash;
+    user by user where users are the unit."""
     min_held_out: int = Field(default=1, ge=1)
-    """The run stops if fewer records than this are held out."""
+    """The run stops if fewer records (or users, where they are the unit) than this are held out."""
     deduplicate: Literal["exact", "fuzzy"] = "exact"
     """How repeated records are removed. `fuzzy` compares records with each other: not under privacy."""
     screen: Literal["none", "cross_record"] = "none"
@@ -104,8 +108,40 @@ class DataConfig(Section):
         return [f" {label}" for label in self.labels] if self.label_words is None else list(self.label_words)
 
 
+class ClippingConfig(Section):
+    """How each record's gradient is bounded.
+
+    In every mode a record adds at most `privacy.max_grad_norm` to the sum, in L2 norm: the sensitivity.
+    """
+
+    mode: Literal["flat", "per_layer", "groups", "automatic", "normalized", "adaptive"] = "flat"
+    """`flat`: the whole gradient is scaled to at most `max_grad_norm`. `per_layer`: each of n layers to at
+    most max_grad_norm / sqrt(n). `groups`: groups of parameters that you name. `automatic`: every gradient is
+    multiplied by max_grad_norm / (its norm + `stability`). `normalized`: every gradient gets the norm
+    `max_grad_norm`. `adaptive`: the threshold starts at `max_grad_norm` and follows a quantile of the norms;
+    learning it is part of the budget."""
+    groups: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """For `groups`: the weight of each name pattern, such as `"*.q_proj.*": 2.0`. Each trainable parameter
+    must match exactly one pattern. Thresholds are in proportion to the weights, and their squares add up to
+    that of `max_grad_norm`."""
+    stability: float = Field(default=0.01, gt=0)
+    """For `automatic`: added to each norm."""
+    target_quantile: Fraction = 0.5
+    """For `adaptive`: the share of records that shall keep their length."""
+    threshold_learning_rate: float = Field(default=0.2, gt=0)
+    """For `adaptive`: how fast the logarithm of the threshold moves."""
+    count_noise_multiplier: float | None = Field(default=None, gt=0)
+    """For `adaptive`: noise on the count of records that kept their length; it must be above the run's noise
+    multiplier. Null: a tenth of `expected_batch_size`, or 5 times the run's if that is more."""
+    per_layer: bool = False
+    """For `adaptive`: a threshold for each layer instead of one for all."""
+
+
 class PrivacyConfig(Section):
-    """Differential privacy of the training. The unit is one record: adding or removing it changes little."""
+    """Differential privacy of the training: adding or removing one unit (a record, or a user) changes little.
+
+    With `unit: user`, read "user" for "record" in the options of this section.
+    """
 
     enabled: bool = True
     """Train with differential privacy. False samples the same way, but neither clips nor adds noise, and
@@ -115,20 +151,51 @@ class PrivacyConfig(Section):
     delta: float = Field(gt=0, lt=1)
     """Probability that the epsilon bound fails; at most one over the number of records."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Each record's gradient is scaled to at most this L2 norm."""
+    """Most that one record adds to the summed gradient, as an L2 norm: the clipping threshold."""
+    clipping: ClippingConfig = Field(default_factory=ClippingConfig)
+    """How each record's gradient is bounded."""
     expected_batch_size: int = Field(ge=1)
     """Records per step on average. A constant of the recipe, never counted from the private data."""
     sample_rate: float = Field(gt=0, le=1)
-    """Probability of each record to be in a step, independently. A constant of the recipe."""
+    """Probability of each record to be in a step. A constant of the recipe."""
+    sampling: Literal["poisson", "truncated_poisson", "fixed_size", "fixed_order"] = "poisson"
+    """How the records of a step are drawn, in secret. `poisson`: each independently; epsilon is for adding or
+    removing one. `truncated_poisson`: the same, and at most `max_batch_size` of them; for zeroing one out.
+    `fixed_size`: always `expected_batch_size` of `num_units` places; for replacing one, which costs several
+    times the epsilon. These two need a public `num_units`. `fixed_order`: each has a batch of its own, taken
+    every 1 / `sample_rate` steps; it goes with `noise: matrix_factorization`."""
+    num_units: int | None = Field(default=None, ge=1)
+    """Places for training records, a public constant that epsilon depends on: at least as many as there are.
+    How many of the places stay empty is private. Not for `poisson`, where the number is private."""
+    max_batch_size: int | None = Field(default=None, ge=1)
+    """For `truncated_poisson`: most records in one step."""
     steps: int = Field(ge=1)
     """Training steps. The budget is planned for exactly this many."""
-    unit: Literal["record"] = "record"
-    """Whom epsilon protects: one record. A person with several records is not covered."""
+    noise: Literal["gaussian", "matrix_factorization"] = "gaussian"
+    """`gaussian`: independent at each step. `matrix_factorization`: correlated over the steps (DP-FTRL), so
+    that much of it cancels in the sum; nothing is gained from sampling, and all steps are one mechanism."""
+    noise_bands: int | None = Field(default=None, ge=1)
+    """For `matrix_factorization`: steps whose noise is mixed; each costs a draw of noise. Null: 16, or fewer
+    if there are fewer steps."""
+    planned_resumptions: int = Field(default=0, ge=0)
+    """For `matrix_factorization`: how often a killed run may go on, each time in a new mechanism that the
+    budget pays for. With 0, a run that is killed in training has to start anew."""
+    unit: Literal["record", "user"] = "record"
+    """Whom epsilon protects. `record`: one record; a person with several is not covered. `user`: all records
+    of one user, as `data.user_field` names them; held-out records are chosen by user too."""
+    max_records_per_user: int | None = Field(default=None, ge=1)
+    """For `user`: most records of one user in one step; of a user with more, a new random part is taken each
+    time. A constant of the recipe."""
 
     @property
     def expected_records(self) -> float:
         """The number of training records that the recipe's constants imply."""
         return self.expected_batch_size / self.sample_rate
+
+    @property
+    def most_records(self) -> float:
+        """The same, or ``num_units`` if that is more."""
+        return max(self.expected_records, self.num_units or 0)
 
 
 class LoraConfig(Section):

@@ -85,16 +85,17 @@ def collate(examples: Sequence[Example], *, pad_id: int = 0) -> Batch:
     )
 
 
-def length_buckets(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
+def length_buckets(examples: Sequence[Example], max_tokens: int, *, by_user: bool = False) -> list[list[int]]:
     """Group examples of similar length into micro-batches of bounded padded size.
 
     Guarantees:
         Every index appears exactly once. A bucket's rows times its longest row is at most ``max_tokens``,
-        unless it holds a single example that alone is longer.
+        unless it holds a single example that alone is longer, or ``by_user`` a single user.
 
     Args:
         examples: What to group; may be empty.
         max_tokens: Largest padded size of a bucket, in tokens, > 0.
+        by_user: Keep all examples of one user in one bucket, since they are clipped as one.
 
     Returns:
         Lists of indices into ``examples``, the longest examples first, so that memory peaks at the start.
@@ -104,12 +105,15 @@ def length_buckets(examples: Sequence[Example], max_tokens: int) -> list[list[in
     """
     if max_tokens <= 0:
         raise ValueError(f"max_tokens must be > 0, got {max_tokens}.")
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
+    units: dict[object, list[int]] = {}
+    for index, example in enumerate(examples):
+        units.setdefault(example.user_id if by_user else index, []).append(index)
+    length = {unit: max(len(examples[i].input_ids) for i in indices) for unit, indices in units.items()}
     buckets: list[list[int]] = []
     longest = 0
-    for index in order:
-        if not buckets or (len(buckets[-1]) + 1) * longest > max_tokens:
+    for unit in sorted(units, key=lambda unit: -length[unit]):
+        if not buckets or (len(buckets[-1]) + len(units[unit])) * longest > max_tokens:
             buckets.append([])
-            longest = len(examples[index].input_ids)
-        buckets[-1].append(index)
+            longest = length[unit]
+        buckets[-1].extend(units[unit])
     return buckets

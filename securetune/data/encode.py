@@ -33,6 +33,7 @@ class Example:
         supervised: ``T`` flags, true for tokens the model is trained to predict from those before. Never true
             for the first token; all false where ``label`` is learnt instead.
         is_truncated: Whether text was cut off to fit the length limit.
+        user_id: The user it belongs to, where users are the privacy unit; then ``unit_id`` is the record's.
     """
 
     unit_id: str
@@ -41,6 +42,7 @@ class Example:
     label: int | None
     supervised: tuple[bool, ...]
     is_truncated: bool = False
+    user_id: str | None = None
 
     def __repr__(self) -> str:
         """Show id and length only: token ids are private text."""
@@ -329,6 +331,7 @@ def _encode_all(
                 label=record.label,
                 supervised=encoded.supervised,
                 is_truncated=is_truncated,
+                user_id=record.user_id,
             )
         )
     if problems:

@@ -33,12 +33,15 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
-def read_rows(path: Path, file_format: Literal["auto", "jsonl", "csv", "parquet"]) -> list[Row]:
+def read_rows(
+    path: Path, file_format: Literal["auto", "jsonl", "csv", "parquet"], *, option: str = "data.private"
+) -> list[Row]:
     """Read all rows of a data file.
 
     Args:
         path: The file.
         file_format: ``auto`` goes by the ending of the name.
+        option: Section of the recipe that names the file, for error messages.
 
     Returns:
         The rows in file order.
@@ -49,16 +52,15 @@ def read_rows(path: Path, file_format: Literal["auto", "jsonl", "csv", "parquet"
     """
     if not path.exists():
         raise DataError(
-            f"data.private.path: there is no file {str(path)!r}. A relative path starts at the current"
-            " folder."
+            f"{option}.path: there is no file {str(path)!r}. A relative path starts at the current folder."
         )
     if not path.is_file():
-        raise DataError(f"data.private.path: {str(path)!r} is a folder; give one JSONL, CSV or Parquet file.")
+        raise DataError(f"{option}.path: {str(path)!r} is a folder; give one JSONL, CSV or Parquet file.")
     chosen = _FORMATS.get(path.suffix.lower()) if file_format == "auto" else file_format
     if chosen is None:
         raise ConfigError(
-            f"data.private.path: the format of {path.name!r} cannot be told from its ending. Known endings:"
-            f" {', '.join(_FORMATS)}. Set data.private.format to 'jsonl', 'csv' or 'parquet'."
+            f"{option}.path: the format of {path.name!r} cannot be told from its ending. Known endings:"
+            f" {', '.join(_FORMATS)}. Set {option}.format to 'jsonl', 'csv' or 'parquet'."
         )
     readers = {"jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}
     try:

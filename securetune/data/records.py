@@ -1,5 +1,6 @@
 """The one shape every data source is brought into: a record, the unit of privacy."""
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,8 @@ class Record:
         prompt: What comes before the completion, possibly empty, or ``None``.
         completion: What the model must learn to write, or ``None``.
         messages: The turns of a chat, or ``None``.
+        user_id: SHA-256 (hex) of the name of the user it belongs to, where users are the privacy unit: then
+            ``unit_id`` is that of this user's record, and other users' equal records are other records.
         number: Position in the source, from 1; used in error messages, part of neither identity nor equality.
     """
 
@@ -39,6 +42,7 @@ class Record:
     prompt: str | None = None
     completion: str | None = None
     messages: tuple[Message, ...] | None = None
+    user_id: str | None = None
     number: int = field(default=0, compare=False)
 
     def __repr__(self) -> str:
@@ -62,14 +66,29 @@ class Record:
         unit_id = _digest({"messages": [message._asdict() for message in messages]})
         return cls(unit_id, messages=messages, number=number)
 
+    def of_user(self, name: str) -> "Record":
+        """Return the record as one of this user's."""
+        user_id = _digest({"user": name})
+        unit_id = _digest({"unit": self.unit_id, "user": user_id})
+        return dataclasses.replace(self, unit_id=unit_id, user_id=user_id)
+
     @cached_property
+    def text_id(self) -> str:
+        """What the record says: its text alone, or everything where there is no label; never whose it is."""
+        if self.text is not None:
+            return _digest({"text": self.text})
+        if self.messages is not None:
+            return _digest({"messages": [message._asdict() for message in self.messages]})
+        return _digest({"prompt": self.prompt, "completion": self.completion})
+
+    @property
     def split_id(self) -> str:
-        """What decides the record's side of a split: its text alone, or everything where there is no label.
+        """What decides the record's side of a split: its user, or what it says where it has none.
 
         Two records with one text and different labels thereby land on the same side, so no held-out text was
-        trained on.
+        trained on; and all records of a user do.
         """
-        return self.unit_id if self.text is None else _digest({"text": self.text})
+        return self.user_id or self.text_id
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["IGNORED_LABEL", "encode_sft"]
 
 IGNORED_LABEL = -100  # what losses leave out
+# columns that change what SFTTrainer renders, so that a row without them would be another text
+_UNSUPPORTED = ("tools", "chat_template_kwargs", "image", "images")
 
 
 def encode_sft(
@@ -34,7 +36,7 @@ def encode_sft(
         Text never yields a special token. Messages of errors hold row numbers and lengths, no text.
 
     Args:
-        rows: The rows; other columns are left out.
+        rows: The rows; columns that ``SFTTrainer`` does not render are left out.
         tokenizer: The model's fast tokenizer.
         max_length: Most tokens of an example, >= 2.
         on_overlong: ``error``; ``truncate`` cuts the end; ``drop`` leaves the row out.
@@ -60,6 +62,12 @@ def encode_sft(
 
 def _read(row: Mapping[str, Any], number: int) -> tuple[Record, int]:
     """Make a record, and count the assistant turns of its prompt, which are not learnt."""
+    unsupported = [name for name in _UNSUPPORTED if row.get(name)]
+    if unsupported:
+        raise DataError(
+            f"row {number} holds {' and '.join(unsupported)}, which SFTTrainer would render and which is not "
+            "supported here. Remove the column, or write its content into the messages."
+        )
     present = {name for name in ("messages", "prompt", "completion", "text") if row.get(name) is not None}
     if present == {"messages"}:
         return Record.chat(_chat(list(row["messages"]), number), number=number), 0

@@ -52,7 +52,7 @@ class DataOptions(Protocol):
         ...
 
 
-def load_records(data_config: DataOptions, task: Task) -> list[Record]:
+def load_records(data_config: DataOptions, task: Task, *, user_field: str | None = None) -> list[Record]:
     """Read and check the private records.
 
     Text is taken exactly as it stands: no trimming, no Unicode normalisation.
@@ -65,6 +65,7 @@ def load_records(data_config: DataOptions, task: Task) -> list[Record]:
         data_config: The recipe's ``data`` section.
         task: ``classify`` needs ``text`` and ``label``; ``generate`` needs ``prompt`` and ``completion``, or
             ``messages``.
+        user_field: Column that names the user of each record, where users are the privacy unit.
 
     Returns:
         At least one record, numbered from 1.
@@ -74,22 +75,60 @@ def load_records(data_config: DataOptions, task: Task) -> list[Record]:
         DataError: If the file is missing, damaged or empty, or a record is not of the right shape.
         MachineError: If the package of a packaged source is not installed.
     """
-    private = data_config.private
-    labels = list(data_config.labels)
+    return _load(data_config.private, list(data_config.labels), task, user_field, "data.private")
+
+
+def load_public_records(
+    public: PrivateOptions, labels: Sequence[str], task: Task, *, private: Sequence[Record]
+) -> list[Record]:
+    """Read and check the public records of ``data.public_validation`` as :func:`load_records` does.
+
+    Args:
+        public: That section.
+        labels: The labels, in the order of their indices.
+        task: As for :func:`load_records`.
+        private: The private records, none of which may be public too.
+
+    Returns:
+        At least one record, numbered from 1; none has a user.
+
+    Raises:
+        ConfigError: As :func:`load_records`.
+        DataError: The same, or if a record says what a private one says.
+        MachineError: As :func:`load_records`.
+    """
+    records = _load(public, list(labels), task, None, "data.public_validation")
+    known = {record.text_id for record in private}
+    if shared := sum(record.text_id in known for record in records):
+        raise DataError(
+            f"data.public_validation: {shared:,} of its {len(records):,} records are private records too, "
+            "and epsilon would not cover what they decide. Take them out of one of the two."
+        )
+    return records
+
+
+def _load(
+    private: PrivateOptions, labels: list[str], task: Task, user_field: str | None, option: str
+) -> list[Record]:
     if private.source is not None:
         if task != "classify":
             raise ConfigError(
-                f"data.private.source: {private.source!r} holds texts with labels, which suit task"
-                f" 'classify', got {task!r}. Give prompts with completions, or chats, in data.private.path."
+                f"{option}.source: {private.source!r} holds texts with labels, which suit task"
+                f" 'classify', got {task!r}. Give prompts with completions, or chats, in {option}.path."
             )
         name, rows = private.source, read_packaged_rows(private.source, labels)
     elif private.path is not None:
-        name, rows = str(private.path), read_rows(Path(private.path), private.format)
+        name, rows = str(private.path), read_rows(Path(private.path), private.format, option=option)
     else:
-        raise ConfigError("data.private: give either source or path.")
+        raise ConfigError(f"{option}: give either source or path.")
     if not rows:
         raise DataError(f"{name} holds no records.")
-    records = _labelled(rows, labels, name) if task == "classify" else _generations(rows, name)
+    if user_field is not None:
+        _check_user_column(rows, user_field, name)
+    columns = rows if user_field is None else [_without(row, user_field) for row in rows]
+    records = _labelled(columns, labels, name) if task == "classify" else _generations(columns, name)
+    if user_field is not None:
+        records = _with_users(records, rows, user_field, name)
     _check_labels_used(records, labels)
     return records
 
@@ -201,6 +240,38 @@ def _check_columns(rows: Sequence[Row], wanted: Sequence[str], name: str, need: 
     extra = sorted({column for row in rows for column in row.values} - set(wanted))
     if extra:
         _logger.warning("%s: columns that are not used: %s.", name, ", ".join(map(_shown, extra[:20])))
+
+
+def _check_user_column(rows: Sequence[Row], user_field: str, name: str) -> None:
+    for row in rows:
+        if user_field not in row.values:
+            found = ", ".join(_shown(column) for column in islice(row.values, 20)) or "none"
+            raise DataError(
+                f"{name}, {row.place}: column {user_field!r} missing, which data.user_field names as the "
+                f"user of each record. Columns found: {found}. Add it to every row, or correct the option."
+            )
+
+
+def _without(row: Row, column: str) -> Row:
+    return row._replace(values={name: value for name, value in row.values.items() if name != column})
+
+
+def _with_users(records: list[Record], rows: Sequence[Row], user_field: str, name: str) -> list[Record]:
+    problems = _Problems(name)
+    owned: list[Record] = []
+    for record, row in zip(records, rows, strict=True):
+        value = row.values[user_field]
+        user = None if isinstance(value, bool) else _label_string(value)
+        if user is None or not user.strip():
+            problems.add(
+                row,
+                f"{user_field} must name the record's user by text or a whole number, got {_kind(value)}; "
+                "give each record without a known user a name of its own, or leave it out",
+            )
+        else:
+            problems.collect(owned, row, lambda r=record, u=user: r.of_user(u))
+    problems.stop()
+    return owned
 
 
 def _check_labels_used(records: Sequence[Record], labels: Sequence[str]) -> None:

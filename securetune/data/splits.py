@@ -78,7 +78,8 @@ def deduplicate_exact(records: Sequence[Record]) -> Deduplicated:
 
     Guarantees:
         Adding one record to ``records`` adds at most one to the result and removes none, so the privacy loss
-        of what follows is that of one record.
+        of what follows is that of one record. Records of different users are different, so adding a user
+        leaves the other users' records as they were.
 
     Args:
         records: What to reduce.
@@ -118,8 +119,8 @@ def drop_conflicting(records: Sequence[Record]) -> list[Record]:
     """
     labels: dict[str, set[int | None]] = {}
     for record in records:
-        labels.setdefault(record.split_id, set()).add(record.label)
-    kept = [record for record in records if len(labels[record.split_id]) == 1]
+        labels.setdefault(record.text_id, set()).add(record.label)
+    kept = [record for record in records if len(labels[record.text_id]) == 1]
     if len(kept) < len(records):
         _logger.warning("%d records with contradicting labels were dropped.", len(records) - len(kept))
     return kept
@@ -130,7 +131,8 @@ def split_held_out(records: Sequence[Record], *, fraction: float, key: bytes, mi
 
     Guarantees:
         A record's side depends on itself and the key alone: never on the other records, their order or their
-        number. Records with one text land on one side, whatever their labels.
+        number. Records with one text land on one side, whatever their labels; where records have users, all
+        records of a user do.
 
     Args:
         records: Without duplicates.
@@ -208,8 +210,8 @@ def _keep_first(records: Sequence[Record], identities: Sequence[object]) -> Dedu
     kept = list(first.values())
     labels: dict[str, set[int | None]] = {}
     for record in kept:
-        labels.setdefault(record.split_id, set()).add(record.label)
-    num_conflicting = sum(len(labels[record.split_id]) > 1 for record in kept)
+        labels.setdefault(record.text_id, set()).add(record.label)
+    num_conflicting = sum(len(labels[record.text_id]) > 1 for record in kept)
     if num_conflicting:
         _logger.warning(
             "%d records share their text with a record of another label; all are kept.", num_conflicting

@@ -14,6 +14,7 @@ from securetune.evaluation.membership import (
     infer_membership,
     membership_scores,
 )
+from securetune.evaluation.memorisation import memorisation_gap
 from securetune.evaluation.results import AttackRecord, ModelEvaluation, Params
 from securetune.evaluation.statistics import Estimate, min_negatives, paired_difference, proportion
 from securetune.evidence import Evidence, Status
@@ -29,6 +30,8 @@ _METHODS = {
     f" attack; {_PROPORTION}",
     "accuracy_char": "held-out texts still right under a black-box search for misspellings, re-checked on the"
     f" final text; {_PROPORTION}",
+    "memorisation_gap": "mean loss of held-out texts minus that of texts trained on, without dropout and"
+    " label smoothing; Welch t interval",
     "heldout_loss": f"loss of the supervised tokens of held-out texts; {_RATIO}",
 }
 _WEAK_ATTACK = " INVALID: random noise of the same radius breaks more texts than the attack."
@@ -82,6 +85,7 @@ def summarise(
         evidence.append(_attack(evaluation, "accuracy_char", evaluation.characters))
     if evaluation.member_losses:
         evidence += _membership(evaluation, base, blind)
+        evidence.append(_memorisation(evaluation, blind))
     return evidence
 
 
@@ -154,7 +158,7 @@ def _membership(
     params: Params = {"members": num_members, "non_members": num_non_members}
     if blind is not None:
         params |= {"blind_auc": blind.value, "blind_auc_low": blind.interval.low}
-    is_valid = blind is None or blind.interval.low <= 0.5
+    is_valid = _is_random(blind)
     status: Status = "pass" if is_valid else "invalid"
     caveat = "" if is_valid else _FAILED_CHECK
     if result is None:
@@ -207,6 +211,38 @@ def _membership(
             )
         )
     return evidence
+
+
+def _memorisation(evaluation: ModelEvaluation, blind: Estimate | None) -> Evidence:
+    members, others = _all_finite(evaluation.member_losses), _all_finite(evaluation.non_member_losses)
+    num_members, num_others = len(evaluation.member_losses or []), len(evaluation.non_member_losses)
+    params: Params = {"members": num_members, "non_members": num_others}
+    if members is None or others is None:
+        reason = "a loss is not finite, or fewer than two texts stand on a side"
+        return _evidence(
+            evaluation,
+            "memorisation_gap",
+            None,
+            n=num_members + num_others,
+            params=params,
+            method=reason,
+            status="invalid",
+        )
+    is_valid = _is_random(blind)
+    return _evidence(
+        evaluation,
+        "memorisation_gap",
+        memorisation_gap(members, others),
+        n=num_members + num_others,
+        params=params,
+        method=_METHODS["memorisation_gap"] + ("" if is_valid else f".{_FAILED_CHECK}"),
+        status="pass" if is_valid else "invalid",
+    )
+
+
+def _is_random(blind: Estimate | None) -> bool:
+    """Whether the texts alone do not tell members apart, so that what a model tells was learnt."""
+    return blind is None or blind.interval.low <= 0.5
 
 
 def _bonferroni(result: MembershipResult) -> str:

@@ -44,6 +44,7 @@ class ModelEvaluation:
         artefact: SHA-256 hex digest of the model.
         fingerprint: Digest of the texts and settings; results are comparable only where it is equal.
         num_non_members: How many of the scored texts stand against the members: the first ones.
+        left_out: Positions among those that do not.
         is_correct: One flag per scored text (classification).
         losses: One loss per scored text, in nats; None where it is not finite.
         num_tokens: Supervised tokens per scored text (generation).
@@ -58,6 +59,7 @@ class ModelEvaluation:
     artefact: str
     fingerprint: str
     num_non_members: int
+    left_out: list[int] = field(default_factory=list)
     is_correct: list[bool] | None = None
     losses: list[float | None] | None = None
     num_tokens: list[int] | None = None
@@ -70,7 +72,8 @@ class ModelEvaluation:
     @property
     def non_member_losses(self) -> list[float | None]:
         """One loss per text that stands against the members."""
-        return (self.losses or [])[: self.num_non_members]
+        stands = enumerate((self.losses or [])[: self.num_non_members])
+        return [loss for row, loss in stands if row not in self.left_out]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, without NaN."""

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -40,7 +40,8 @@ class EvaluationTexts:
             the first of them, so that one pass over the texts serves all three.
         raw: The text of each scored example; None for a generating task.
         members: Examples that were trained on.
-        num_non_members: How many of ``scored`` stand against the members.
+        num_non_members: How many of ``scored``, the first ones, stand against the members.
+        left_out: Positions among those that do not, since their text was trained on as another user's.
         num_attacked: How many of ``scored`` are attacked.
     """
 
@@ -49,6 +50,7 @@ class EvaluationTexts:
     members: list[Example]
     num_non_members: int
     num_attacked: int
+    left_out: tuple[int, ...] = ()
 
     @classmethod
     def draw(
@@ -58,6 +60,7 @@ class EvaluationTexts:
         config: EvaluationConfig,
         *,
         raw: Sequence[str] | None = None,
+        shared: Collection[str] = (),
     ) -> Self:
         """Take the first texts of each list, as many as the recipe asks for and as there are.
 
@@ -66,6 +69,7 @@ class EvaluationTexts:
             members: Examples that were trained on, in such an order.
             config: The recipe's numbers.
             raw: The text of each held-out example, for the character attack; None for a generating task.
+            shared: Ids of held-out examples whose text was trained on as another user's.
 
         Returns:
             The texts.
@@ -84,8 +88,15 @@ class EvaluationTexts:
             raw=None if raw is None else list(raw[:num_scored]),
             members=list(members[:half]),
             num_non_members=min(half, len(held_out)),
+            left_out=tuple(row for row, example in enumerate(held_out[:half]) if example.unit_id in shared),
             num_attacked=min(config.num_attacked, len(held_out)),
         )
+
+    @property
+    def non_members(self) -> list[Example]:
+        """What stands against the members."""
+        stands = enumerate(self.scored[: self.num_non_members])
+        return [example for row, example in stands if row not in self.left_out]
 
     def check_split(self, *, seed: int) -> Estimate | None:
         """Run the blind baseline on members and non-members; None where there are too few for it.
@@ -97,7 +108,7 @@ class EvaluationTexts:
             The area under its ROC curve. Membership numbers are invalid where the interval lies above one
             half.
         """
-        non_members = self.scored[: self.num_non_members]
+        non_members = self.non_members
         if min(len(self.members), len(non_members)) < _MIN_BLIND:
             return None
         return blind_baseline(self.members, non_members, seed=seed)
@@ -147,7 +158,11 @@ def evaluate_model(
     """
     fingerprint = _fingerprint(texts, config, [prompt, max_length, norm, type(head).__name__])
     result = ModelEvaluation(
-        subject=subject, artefact=artefact, fingerprint=fingerprint, num_non_members=texts.num_non_members
+        subject=subject,
+        artefact=artefact,
+        fingerprint=fingerprint,
+        num_non_members=texts.num_non_members,
+        left_out=list(texts.left_out),
     )
     if previous is not None:
         if (previous.artefact, previous.fingerprint) == (artefact, fingerprint):
@@ -310,6 +325,7 @@ def _fingerprint(texts: EvaluationTexts, config: EvaluationConfig, settings: lis
         "members": [example.unit_id for example in texts.members],
         "num_non_members": texts.num_non_members,
         "num_attacked": texts.num_attacked,
+        "left_out": list(texts.left_out),
         "has_raw": texts.raw is not None,
         "config": config.model_dump(mode="json"),
         "settings": settings,

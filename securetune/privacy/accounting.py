@@ -66,6 +66,7 @@ NEIGHBOURING_RELATION = POISSON.neighbouring_relation
 UNIT_STATEMENT = "one record; a person with several records is not covered"
 MAX_NOISE_MULTIPLIER = 10_000.0
 _CALIBRATION_TOLERANCE = 1e-5  # relative, on the noise multiplier
+_GRID_COST = 0.05  # most that the PLD's grid adds to epsilon, where noise is large and steps are many: 0.036
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,11 +181,12 @@ class PrivacyPlan:
         return Phase(self.noise_multiplier, self.spec.sample_rate, self.spec.steps, self.spec.sampling)
 
 
-def unit_statement(unit: str) -> str:
+def unit_statement(unit: str, *, max_records_per_unit: int | None = None) -> str:
     """Say in words whom epsilon protects, for plans and reports.
 
     Args:
         unit: "record" or "user".
+        max_records_per_unit: Most records of a user in one step.
 
     Returns:
         The statement.
@@ -192,9 +194,12 @@ def unit_statement(unit: str) -> str:
     Raises:
         ValueError: If there is no such unit.
     """
+    records = " with all records"
+    if max_records_per_unit is not None:
+        records = f", with up to {max_records_per_unit} records in a step, of all"
     statements = {
         "record": UNIT_STATEMENT,
-        "user": "one user with all records under that user's id; a person with several ids is not covered",
+        "user": f"one user{records} under that user's id; a person with several ids is not covered",
     }
     if unit not in statements:
         raise ValueError(f"unit must be one of {', '.join(statements)}, got {unit!r}.")
@@ -232,7 +237,7 @@ def plan_privacy(spec: PrivacySpec) -> PrivacyPlan:
     phase = Phase(noise_multiplier, spec.sample_rate, spec.steps, spec.sampling)
     epsilon = epsilon_of_phases([phase], spec.delta)
     cross_check = None if spec.sampler == "truncated Poisson" else rdp_epsilon([phase], spec.delta)
-    if cross_check is not None and cross_check < epsilon * (1 - 1e-3):  # the PLD grid may cost PLD a little
+    if cross_check is not None and cross_check < epsilon * (1 - 1e-3) - _GRID_COST:
         raise PrivacyError(
             f"the accountants contradict each other: PLD epsilon {epsilon:.6g} is above RDP epsilon "
             f"{cross_check:.6g}, at noise_multiplier={noise_multiplier:.6g}, "

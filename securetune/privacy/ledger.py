@@ -1,14 +1,15 @@
 """The ledger of a private run: every step is on disk before its noise is released.
 
 A JSON-lines file. The first line is the header: the public constants that epsilon follows from. Then one line
-per step charged, and one per noised release of held-out statistics. It holds no private data: no batch sizes,
-no losses, no norms.
+per step charged, with a random name of the process that charged it, and one per noised release of held-out
+statistics. It holds no private data: no batch sizes, no losses, no norms.
 """
 
 import fcntl
 import json
 import math
 import os
+import secrets
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, Self
@@ -24,6 +25,7 @@ from securetune.privacy.accounting import (
     epsilon_of_phases,
     max_true_positive_rate,
     max_true_positive_rate_of_run,
+    unit_statement,
 )
 from securetune.privacy.loss_distribution import (
     MAX_STEPS,
@@ -33,8 +35,10 @@ from securetune.privacy.loss_distribution import (
     SamplingKind,
     check_sampling,
 )
+from securetune.privacy.statements import clipping_statement
 
 if TYPE_CHECKING:
+    from securetune.privacy.clipping import Clipping
     from securetune.privacy.sampling import Sampler
     from securetune.privacy.units import UserSampler
 
@@ -43,6 +47,7 @@ __all__ = ["Ledger", "LedgerHeader", "LedgerState", "read_ledger"]
 FORMAT = "securetune.ledger/1"
 MAX_LEDGER_BYTES = 1 << 28
 
+_NOT_SETTINGS = ("mode", "max_grad_norm", "thresholds", "sensitivity")  # of a clipping's description
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -52,6 +57,7 @@ class LedgerHeader(BaseModel):
     Attributes:
         format: Name and version of the file format.
         unit: Whose presence the guarantee hides; a person with several units is not covered as a whole.
+        max_records_per_unit: Most records of one unit in one step.
         neighbouring_relation: How two neighbouring data sets differ; it follows from the sampler.
         sampler: How the units of a step are chosen.
         accountant: Name and version of what computes epsilon.
@@ -60,7 +66,11 @@ class LedgerHeader(BaseModel):
         num_records: Number of units, where epsilon depends on it and it is public for that reason; ``None``
             for Poisson sampling, where it is private and never written.
         max_batch_size: Most units in one step; ``None`` for Poisson sampling.
-        max_grad_norm: Clipping threshold ``C``, in units of the gradient's L2 norm.
+        max_grad_norm: Clipping threshold ``C`` of the whole sum, in units of the gradient's L2 norm; where
+            thresholds are adaptive, the first one.
+        clipping: Mode of the clipping.
+        clipping_settings: Its settings beside ``max_grad_norm``.
+        noise: Kind and settings of the noise, where it is not independent over the steps.
         delta: Probability allowed for the guarantee to fail, in (0, 1).
         expected_batch_size: Public divisor of the noised sum, in units.
         planned_steps: Steps that the run may charge at most.
@@ -72,6 +82,7 @@ class LedgerHeader(BaseModel):
 
     format: Literal["securetune.ledger/1"] = FORMAT
     unit: str = "record"
+    max_records_per_unit: int = Field(default=1, ge=1)
     neighbouring_relation: str = NEIGHBOURING_RELATION
     sampler: SamplingKind = "Poisson"
     accountant: str = Field(default_factory=accountant_name)
@@ -80,6 +91,9 @@ class LedgerHeader(BaseModel):
     num_records: int | None = None
     max_batch_size: int | None = None
     max_grad_norm: _Positive
+    clipping: str = "flat"
+    clipping_settings: dict[str, Any] = Field(default_factory=dict)
+    noise: dict[str, Any] = Field(default_factory=dict)
     delta: float = Field(gt=0, lt=1)
     expected_batch_size: int = Field(ge=1)
     planned_steps: int = Field(ge=1, le=MAX_STEPS)
@@ -101,6 +115,18 @@ class LedgerHeader(BaseModel):
         """How the units of a step are chosen, as the accountant takes it."""
         return Sampling(self.sampler, self.num_records, self.max_batch_size)
 
+    @property
+    def unit_statement(self) -> str:
+        """Whom epsilon protects, as a sentence."""
+        return unit_statement(self.unit, max_records_per_unit=self.max_records_per_unit)
+
+    @property
+    def clipping_statement(self) -> str:
+        """How each unit's gradient is bounded, as a sentence."""
+        return clipping_statement(
+            self.clipping, self.clipping_settings, unit=self.unit, sensitivity=self.max_grad_norm
+        )
+
     @classmethod
     def from_plan(
         cls,
@@ -109,6 +135,7 @@ class LedgerHeader(BaseModel):
         reportable_epsilon: bool,
         unit: str = "record",
         sampler: "Sampler | UserSampler | None" = None,
+        clipping: "Clipping | None" = None,
     ) -> Self:
         """Take the constants of a plan.
 
@@ -117,6 +144,7 @@ class LedgerHeader(BaseModel):
             reportable_epsilon: Whether both the sampler and the noise have secret keys.
             unit: Whose presence the guarantee hides.
             sampler: What will draw the units; it must sample as planned.
+            clipping: What will bound each unit's gradient; None stands for flat clipping.
 
         Returns:
             The header of the run's ledger.
@@ -127,8 +155,11 @@ class LedgerHeader(BaseModel):
         """
         if sampler is not None:
             _refuse_other_sampler(plan, unit, reportable_epsilon, sampler)
+        described = {"mode": "flat"} if clipping is None else clipping.describe()
+        settings = {name: value for name, value in described.items() if name not in _NOT_SETTINGS}
         return cls(
             unit=unit,
+            max_records_per_unit=1 if sampler is None else sampler.describe().max_records_per_unit,
             neighbouring_relation=plan.spec.sampling.neighbouring_relation,
             sampler=plan.spec.sampler,
             num_records=plan.spec.num_records,
@@ -137,6 +168,8 @@ class LedgerHeader(BaseModel):
             noise_multiplier=plan.noise_multiplier,
             sample_rate=plan.spec.sample_rate,
             max_grad_norm=plan.spec.max_grad_norm,
+            clipping=described["mode"],
+            clipping_settings=settings,
             delta=plan.spec.delta,
             expected_batch_size=plan.spec.expected_batch_size,
             planned_steps=plan.spec.steps,
@@ -152,11 +185,13 @@ class LedgerState(NamedTuple):
         steps_charged: Steps whose noise may have been released; a step repeated after a crash counts each
             time.
         release_epsilons: Epsilon of each release of held-out statistics.
+        writers: Random name of each process that charged steps: which run this is the ledger of.
     """
 
     header: LedgerHeader
     steps_charged: int
     release_epsilons: tuple[float, ...]
+    writers: frozenset[str] = frozenset()
 
     @property
     def remaining_steps(self) -> int:
@@ -224,8 +259,8 @@ class Ledger:
     Guarantees:
         When :meth:`charge` returns, the step is on disk; only then may its noise be released. So no released
         step is ever missing, a step that is repeated after a crash counts twice, and a line torn by a crash
-        counts as a step. At most ``planned_steps`` steps are ever charged, so epsilon never passes the
-        plan's: lost steps shorten the run.
+        counts as a step. A file that something else changed meanwhile is refused. At most ``planned_steps``
+        steps are ever charged, so epsilon never passes the plan's: lost steps shorten the run.
 
     Args:
         path: The ledger's file; made if there is none, continued if there is one.
@@ -238,6 +273,7 @@ class Ledger:
 
     def __init__(self, path: str | os.PathLike[str], header: LedgerHeader) -> None:
         self.path = Path(path)
+        self._name = secrets.token_hex(8)
         self._lock = _open_locked(self.path)
         try:
             line = canonical_json(header.model_dump()).decode()
@@ -249,6 +285,7 @@ class Ledger:
                 fsync_folder(self.path.parent)
             self._state = read_ledger(self.path)
             _refuse_other_header(self.path, self._state.header, header)
+            self._size = os.fstat(self._lock.fileno()).st_size
         except BaseException:
             self._lock.close()
             raise
@@ -310,7 +347,8 @@ class Ledger:
             The number of steps charged, this one included.
 
         Raises:
-            PrivacyError: If all planned steps are charged, or the ledger is closed; nothing is written then.
+            PrivacyError: If all planned steps are charged, the ledger is closed, or something else changed
+                the file; nothing is written then.
             OSError: If the line cannot be made durable; the noise must not be released.
         """
         self._refuse_if_closed()
@@ -319,8 +357,10 @@ class Ledger:
                 f"all {self._state.header.planned_steps} planned steps are charged in {self.path}: another "
                 "would pass the planned epsilon. End the run here, or plan more steps in a new run folder."
             )
-        self._append({"step": self.steps_charged if step is None else step})
-        self._state = self._state._replace(steps_charged=self.steps_charged + 1)
+        self._append({"step": self.steps_charged if step is None else step, "writer": self._name})
+        self._state = self._state._replace(
+            steps_charged=self.steps_charged + 1, writers=self._state.writers | {self._name}
+        )
         return self.steps_charged
 
     def charge_release(self, epsilon: float) -> float:
@@ -334,7 +374,7 @@ class Ledger:
 
         Raises:
             ValueError: If ``epsilon`` is not a finite number > 0.
-            PrivacyError: If the ledger is closed.
+            PrivacyError: If the ledger is closed, or something else changed the file.
             OSError: If the line cannot be made durable; the release must not be drawn.
         """
         if not 0 < epsilon < math.inf:
@@ -345,8 +385,21 @@ class Ledger:
         self._state = self._state._replace(release_epsilons=epsilons)
         return math.fsum(epsilons)
 
-    def _append(self, entry: dict[str, float | int]) -> None:
+    def _append(self, entry: dict[str, float | int | str]) -> None:
+        self._refuse_if_changed()
         append_durable(self.path, canonical_json(entry).decode())
+        self._size = os.fstat(self._lock.fileno()).st_size
+
+    def _refuse_if_changed(self) -> None:
+        """The file must be as this writer left it: charges that others removed would be forgotten."""
+        own = os.fstat(self._lock.fileno())
+        found = os.stat(self.path) if self.path.exists() else None
+        if found is None or not os.path.samestat(found, own) or own.st_size != self._size:
+            raise PrivacyError(
+                f"the ledger {self.path} was removed, replaced or written to by something else while it was "
+                f"open, so its count is no longer the run's: {self.steps_charged} steps are charged. Restore "
+                "it to that number, or start a new run with a new ledger (its epsilon adds to this one's)."
+            )
 
     def _refuse_if_closed(self) -> None:
         if self._lock.closed:
@@ -379,15 +432,19 @@ def read_ledger(path: str | os.PathLike[str]) -> LedgerState:
     header = _parse_header(first, os.fspath(path))
     steps = 0
     releases: list[float] = []
+    writers: set[str] = set()
     for line in lines:
         if not line:
             continue
-        release = _parse_release(line)
-        if release is None:
-            steps += 1
-        else:
+        entry = _parse_entry(line)
+        release = _release_of(entry)
+        if release is not None:
             releases.append(release)
-    return LedgerState(header, steps, tuple(releases))
+            continue
+        steps += 1
+        if isinstance(writer := entry.get("writer"), str):
+            writers.add(writer)
+    return LedgerState(header, steps, tuple(releases), frozenset(writers))
 
 
 def _parse_header(line: bytes, name: str) -> LedgerHeader:
@@ -408,13 +465,18 @@ def _parse_header(line: bytes, name: str) -> LedgerHeader:
         ) from error
 
 
-def _parse_release(line: bytes) -> float | None:
-    """Read the epsilon of a release; ``None`` for everything else, all of which counts as a step."""
+def _parse_entry(line: bytes) -> dict[str, Any]:
+    """Read a line; an empty dictionary where it cannot be read, which counts as a step."""
     try:
         entry = json.loads(line)
     except ValueError:
-        return None
-    epsilon = entry.get("release_epsilon") if isinstance(entry, dict) and len(entry) == 1 else None
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _release_of(entry: dict[str, Any]) -> float | None:
+    """Read the epsilon of a release; ``None`` for everything else, all of which counts as a step."""
+    epsilon = entry.get("release_epsilon") if len(entry) == 1 else None
     return float(epsilon) if isinstance(epsilon, int | float) and 0 < epsilon < math.inf else None
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 __all__ = [
+    "FIXED_ORDER",
     "POISSON",
     "Phase",
     "Sampling",
@@ -45,7 +46,8 @@ MEANINGLESS_EPSILON = 1000.0  # a looser bound is reported above it: the exact n
 COARSE_STEPS = 200  # up to here the coarse grid costs less than 1e-3 of epsilon
 
 
-SamplingKind = Literal["Poisson", "truncated Poisson", "fixed size"]
+SamplingKind = Literal["Poisson", "truncated Poisson", "fixed size", "fixed order"]
+_HIDES_THE_NUMBER: tuple[SamplingKind, ...] = ("Poisson", "fixed order")  # their number of records is private
 
 
 class Sampling(NamedTuple):
@@ -54,10 +56,11 @@ class Sampling(NamedTuple):
     Attributes:
         kind: "Poisson": each record independently. "truncated Poisson": the same, and of a sample larger than
             ``max_batch_size`` a uniformly random part of that size. "fixed size": a uniformly random set of
-            ``max_batch_size`` records.
+            ``max_batch_size`` records. "fixed order": batches in an order that nothing is gained from;
+            a whole run is one mechanism, so the rate is 1.
         num_records: Number of records, a public constant that epsilon depends on; ``None`` for Poisson
-            sampling, where it is private.
-        max_batch_size: Most records in one step; ``None`` for Poisson sampling, which has no such limit.
+            sampling and fixed order, where it is private.
+        max_batch_size: Most records in one step; ``None`` for those two, which have no such limit.
     """
 
     kind: SamplingKind = "Poisson"
@@ -76,11 +79,13 @@ class Sampling(NamedTuple):
             "Poisson": "add or remove one",
             "truncated Poisson": "zero out one",
             "fixed size": "replace one",
+            "fixed order": "add or remove one",
         }
         return relations[self.kind]
 
 
 POISSON = Sampling()
+FIXED_ORDER = Sampling("fixed order")
 
 
 class Phase(NamedTuple):
@@ -109,6 +114,8 @@ def step_event(noise_multiplier: float, sample_rate: float, sampling: Sampling =
     """
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, TruncatedSubsampledGaussianDpEvent
 
+    if sampling.kind == "fixed order":
+        return GaussianDpEvent(noise_multiplier)
     if sampling.kind == "Poisson":
         return PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier))
     num_records, max_batch_size = _public_sizes(sampling)
@@ -132,8 +139,8 @@ def rdp_event(noise_multiplier: float, sample_rate: float, sampling: Sampling = 
 
     if sampling.kind == "truncated Poisson":
         return None
-    if sampling.kind == "Poisson":
-        return step_event(noise_multiplier, sample_rate)
+    if sampling.kind in _HIDES_THE_NUMBER:
+        return step_event(noise_multiplier, sample_rate, sampling)
     return SampledWithoutReplacementDpEvent(*_public_sizes(sampling), GaussianDpEvent(noise_multiplier / 2))
 
 
@@ -152,6 +159,7 @@ def accountant_relation(sampling: Sampling) -> "NeighboringRelation":
         "Poisson": NeighboringRelation.ADD_OR_REMOVE_ONE,
         "truncated Poisson": NeighboringRelation.REPLACE_SPECIAL,
         "fixed size": NeighboringRelation.REPLACE_ONE,
+        "fixed order": NeighboringRelation.ADD_OR_REMOVE_ONE,
     }
     return relations[sampling.kind]
 
@@ -235,7 +243,7 @@ def compose(phases: tuple[Phase, ...], interval: float) -> "PrivacyLossDistribut
     """
     total: PrivacyLossDistribution | None = None
     for phase in phases:
-        if phase.sample_rate == 1 and phase.sampling.kind == "Poisson":  # Gaussians add up exactly
+        if phase.sample_rate == 1 and phase.sampling.kind in _HIDES_THE_NUMBER:  # Gaussians add up exactly
             noise_multiplier = phase.noise_multiplier / math.sqrt(phase.steps)
             part = _one_step(noise_multiplier, 1.0, phase.sampling, interval)
         else:
@@ -253,7 +261,7 @@ def _one_step(
     from dp_accounting.pld import privacy_loss_distribution
 
     relation = accountant_relation(sampling)
-    if sampling.kind == "Poisson":
+    if sampling.kind in _HIDES_THE_NUMBER:
         return privacy_loss_distribution.from_gaussian_mechanism(
             noise_multiplier,
             value_discretization_interval=interval,
@@ -310,10 +318,15 @@ def check_sampling(sampling: Sampling, sample_rate: float) -> None:
     """Refuse a sampling that lacks its public constants, or contradicts its rate."""
     check_sample_rate(sample_rate)
     kind, num_records, max_batch_size = sampling
-    if kind == "Poisson":
+    if kind in _HIDES_THE_NUMBER:
+        if kind == "fixed order" and sample_rate != 1:
+            raise ValueError(
+                "batches in fixed order are not amplified by sampling: sample_rate must be 1, got "
+                f"{sample_rate}."
+            )
         if (num_records, max_batch_size) != (None, None):
             raise ValueError(
-                "Poisson sampling has neither num_records (private under it) nor max_batch_size, got "
+                f"{kind} sampling has neither num_records (private under it) nor max_batch_size, got "
                 f"{num_records} and {max_batch_size}. Leave them out, or use truncated Poisson sampling."
             )
         return

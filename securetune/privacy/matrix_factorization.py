@@ -36,8 +36,8 @@ from torch import Tensor
 
 from securetune.errors import PrivacyError
 from securetune.privacy.ledger import Ledger, LedgerState
-from securetune.privacy.loss_distribution import Phase
-from securetune.privacy.noise import MAX_NOISE_STREAM, NoiseSource, refuse_to_copy
+from securetune.privacy.loss_distribution import FIXED_ORDER, Phase
+from securetune.privacy.noise import MAX_NOISE_STREAM, NoiseSource, refuse_to_copy, reused_noise
 from securetune.privacy.participation import Participation
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class MatrixMechanism:
             ``sample_rate=1`` and ``steps=runs`` to
             :func:`securetune.privacy.accounting.calibrate_noise_multiplier`.
         """
-        return Phase(noise_multiplier, 1.0, runs)
+        return Phase(noise_multiplier, 1.0, runs, FIXED_ORDER)
 
     def event(self, noise_multiplier: float) -> "DpEvent":
         """Describe the whole run as a ``dp-accounting`` event.
@@ -178,6 +178,7 @@ class CorrelatedNoise:
         self.mechanism = mechanism
         self._source = NoiseSource(key)
         self._last_step = 0
+        self._has_run = False
         self._stddevs: dict[int, float] = {}  # stream -> the standard deviation of its first step
 
     def __repr__(self) -> str:
@@ -191,7 +192,26 @@ class CorrelatedNoise:
         """Whether an epsilon may be reported for what this noise hides: false for a fixed test key."""
         return self._source.reportable_epsilon
 
-    def normal(self, *, step: int, stream: int = 0, start: int = 0, count: int, stddev: float) -> Tensor:
+    def begin_run(self) -> None:
+        """Belong to one run from now on, as :meth:`NoiseSource.begin_run`.
+
+        Raises:
+            PrivacyError: If another run has begun with this noise.
+        """
+        if self._has_run:
+            raise reused_noise("CorrelatedNoise")
+        self._has_run = True
+
+    def normal(
+        self,
+        *,
+        step: int,
+        stream: int = 0,
+        start: int = 0,
+        count: int,
+        stddev: float,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
         """Draw the noise of ``count`` consecutive addresses; correlated over steps, not over addresses.
 
         Args:
@@ -201,9 +221,10 @@ class CorrelatedNoise:
             count: How many, >= 0; ``start + count`` at most 2**48.
             stddev: Standard deviation of the run's one Gaussian mechanism, ``noise_multiplier *
                 max_grad_norm``, the same at every step: the sensitivity is multiplied in here.
+            device: Where to draw.
 
         Returns:
-            ``[count]``, float32, on the CPU.
+            ``[count]``, float32, on ``device``.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -230,10 +251,10 @@ class CorrelatedNoise:
                 "noise_multiplier and max_grad_norm fixed over the run, or use independent noise."
             )
         self._last_step = step
-        out = torch.empty(count, dtype=torch.float32)
+        out = torch.empty(count, dtype=torch.float32, device=device)
         for low in range(0, count, _CHUNK):
             size = min(_CHUNK, count - low)
-            mixed = torch.zeros(size, dtype=torch.float64)
+            mixed = torch.zeros(size, dtype=torch.float64, device=device)
             for lag, coefficient in enumerate(self.mechanism.noise_coefficients[: step + 1]):
                 normals = self._source.normal(
                     step=0,  # one step, for the source, since earlier normals are drawn again
@@ -241,6 +262,7 @@ class CorrelatedNoise:
                     start=start + low,
                     count=size,
                     stddev=stddev * self.mechanism.sensitivity,
+                    device=device,
                 )
                 mixed.add_(normals.double(), alpha=float(coefficient))
             out[low : low + size] = mixed
@@ -250,16 +272,19 @@ class CorrelatedNoise:
 class WholeRunCharge:
     """Charge a run's ledger at its first step for all steps, where a ``PrivateStep`` charges each step.
 
-    A "step" of that ledger is one mechanism: its header has ``sample_rate=1`` and as ``planned_steps`` how
-    many mechanisms the run may start, 1 and one for each resumption that was planned. A resumed run makes a
-    new object, and its first step is a new charge.
+    A "step" of that ledger is one mechanism: its header has the sampler "fixed order" at rate 1 and as
+    ``planned_steps`` how many mechanisms the run may start, 1 and one for each resumption that was planned. A
+    resumed run makes a new object, and its first step is a new charge.
 
     Guarantees:
         The charge is on disk before the run's first noise exists; no step is released that was not planned.
 
     Args:
         ledger: The run's ledger.
-        mechanism: What the run's noise comes from.
+        mechanism: What the run's noise comes from; a ``PrivateStep`` refuses any other noise.
+
+    Attributes:
+        mechanism: As given.
 
     Raises:
         PrivacyError: If the ledger counts steps on a sample.
@@ -272,18 +297,32 @@ class WholeRunCharge:
             raise PrivacyError(
                 f"{ledger.path} counts steps of {header.sampler} sampling at sample_rate="
                 f"{header.sample_rate}, but a run with correlated noise is one Gaussian mechanism without "
-                "amplification by sampling. Start a new ledger whose header has Poisson sampling at "
-                "sample_rate=1 (every unit, always) and planned_steps=1 (one more for each resumption you "
+                "amplification by sampling. Start a new ledger whose header has the sampler "
+                "'fixed order' at sample_rate=1 and planned_steps=1 (one more for each resumption you "
                 "plan)."
             )
+        self.mechanism = mechanism
         self._ledger = ledger
-        self._mechanism = mechanism
         self._steps_taken = 0
+        self._has_run = False
 
     @property
     def state(self) -> LedgerState:
         """The ledger as it is on disk."""
         return self._ledger.state
+
+    def begin_run(self) -> None:
+        """Belong to one run from now on.
+
+        Raises:
+            PrivacyError: If another run, with noise of its own, has begun with this object.
+        """
+        if self._has_run:
+            raise PrivacyError(
+                "this WholeRunCharge paid for another run, and new noise is another mechanism to pay for. "
+                "Make a new WholeRunCharge for each run and each resumption."
+            )
+        self._has_run = True
 
     def charge(self) -> int:
         """Pay for one more step; the noise of that step may be released after this returns.
@@ -295,7 +334,7 @@ class WholeRunCharge:
             PrivacyError: If all planned steps are taken, or the ledger allows no further mechanism.
             OSError: If the charge cannot be made durable; the noise must not be released.
         """
-        self._mechanism.participation.check_step(self._steps_taken)
+        self.mechanism.participation.check_step(self._steps_taken)
         charged = self._ledger.charge() if self._steps_taken == 0 else self._ledger.steps_charged
         self._steps_taken += 1
         return charged

@@ -25,7 +25,7 @@ https://doi.org/10.1145/2382196.2382264), and an attacker who reads this process
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from torch import Tensor
 
 from securetune.errors import PrivacyError
+from securetune_kernels import gaussian_noise
 
 __all__ = ["KEY_BYTES", "SAMPLING_STREAM", "Noise", "NoiseSource", "keystream_words"]
 
@@ -50,7 +51,25 @@ _CHUNK_WORDS = 1 << 16  # 512 KiB of float64: stays in cache and bounds memory
 class Noise(Protocol):
     """Position-addressed Gaussian noise: independent (:class:`NoiseSource`) or correlated over steps."""
 
-    def normal(self, *, step: int, stream: int = 0, start: int = 0, count: int, stddev: float) -> Tensor:
+    @property
+    def reportable_epsilon(self) -> bool:
+        """Whether an epsilon may be reported for what this noise hides."""
+        ...
+
+    def begin_run(self) -> None:
+        """Belong to one run from now on; see :meth:`NoiseSource.begin_run`."""
+        ...
+
+    def normal(
+        self,
+        *,
+        step: int,
+        stream: int = 0,
+        start: int = 0,
+        count: int,
+        stddev: float,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
         """Return the noise of the entries ``[start, start + count)``; see :meth:`NoiseSource.normal`."""
         ...
 
@@ -78,6 +97,7 @@ class NoiseSource:
         self._key = secret_key(key)
         self._has_secret_key = key is None
         self._last_step = 0
+        self._has_run = False
 
     def __repr__(self) -> str:
         return f"NoiseSource(key={'<secret>' if self._has_secret_key else '<fixed, for tests>'})"
@@ -90,7 +110,26 @@ class NoiseSource:
         """Whether an epsilon may be reported for what this source noised: false for a fixed test key."""
         return self._has_secret_key
 
-    def normal(self, *, step: int, stream: int = 0, start: int = 0, count: int, stddev: float) -> Tensor:
+    def begin_run(self) -> None:
+        """Belong to one run from now on: it counts its steps from 0, and its addresses are its own.
+
+        Raises:
+            PrivacyError: If another run has begun with this source.
+        """
+        if self._has_run:
+            raise reused_noise("NoiseSource")
+        self._has_run = True
+
+    def normal(
+        self,
+        *,
+        step: int,
+        stream: int = 0,
+        start: int = 0,
+        count: int,
+        stddev: float,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
         """Draw ``count`` independent normals of mean 0 at consecutive addresses.
 
         Args:
@@ -100,9 +139,11 @@ class NoiseSource:
             count: How many, >= 0; ``start + count`` at most 2**48.
             stddev: Standard deviation >= 0, in the units of what is noised (``noise_multiplier *
                 max_grad_norm``).
+            device: Where to draw. A GPU draws with the same words of the generator; its normals differ from
+                the CPU's by a few units in the last place.
 
         Returns:
-            ``[count]``, float32, on the CPU.
+            ``[count]``, float32, on ``device``.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -110,18 +151,19 @@ class NoiseSource:
         """
         if not 0 <= stddev <= 1e37:  # 9.42 stddevs must fit into float32
             raise ValueError(f"stddev must be a finite number from 0 to 1e37, got {stddev}.")
-        if not 0 <= stream <= MAX_NOISE_STREAM:
-            raise ValueError(f"stream must be from 0 to {MAX_NOISE_STREAM}, got {stream}.")
-        check_step(step)
         if start < 0 or count < 0 or start + count > MAX_INDEX:
             raise ValueError(f"start and count must be >= 0 and end by {MAX_INDEX}, got {start} and {count}.")
-        if step < self._last_step:
-            raise PrivacyError(
-                f"noise for step {step} was asked for after step {self._last_step}: noise that is used for "
-                "two different sums reveals their difference. Use a new NoiseSource for a new run, and count "
-                "its steps upwards."
+        self._go_to(step, stream)
+        if torch.device(device).type != "cpu":
+            key, now = self.on_device(step=step, stream=stream, device=device)
+            return gaussian_noise(
+                torch.zeros(count, device=device),
+                key=key,
+                step=now,
+                stddev=stddev,
+                stream=stream,
+                start=start,
             )
-        self._last_step = step
         out = np.empty(count, dtype=np.float32)
         first_word = start // _WORDS_PER_BLOCK * _WORDS_PER_BLOCK  # pairs never straddle a block
         last_word = start + count + (-(start + count)) % _WORDS_PER_BLOCK
@@ -139,6 +181,49 @@ class NoiseSource:
             for _ in pool.map(fill, range(first_word, last_word, _CHUNK_WORDS)):
                 pass
         return torch.from_numpy(out)
+
+    def on_device(self, *, step: int, stream: int, device: torch.device | str) -> "KeyAndStep":
+        """Return the secret key and a step for an op that draws on a device by itself.
+
+        Args:
+            step: As in :meth:`normal`; may repeat but never go back.
+            stream: As in :meth:`normal`.
+            device: Where the op runs.
+
+        Returns:
+            The key, to be kept in memory and nowhere else, and the step.
+
+        Raises:
+            ValueError: If an argument is out of range.
+            PrivacyError: If ``step`` is below one already drawn.
+        """
+        self._go_to(step, stream)
+        words = torch.from_numpy(np.frombuffer(self._key, dtype="<i4").astype(np.int32))
+        return KeyAndStep(words.to(device), torch.tensor([step], device=device))
+
+    def _go_to(self, step: int, stream: int) -> None:
+        if not 0 <= stream <= MAX_NOISE_STREAM:
+            raise ValueError(f"stream must be from 0 to {MAX_NOISE_STREAM}, got {stream}.")
+        check_step(step)
+        if step < self._last_step:
+            raise PrivacyError(
+                f"noise for step {step} was asked for after step {self._last_step}: noise that is used for "
+                "two different sums reveals their difference. Use a new NoiseSource for a new run, and count "
+                "its steps upwards."
+            )
+        self._last_step = step
+
+
+class KeyAndStep(NamedTuple):
+    """What an op needs to draw the noise of a step.
+
+    Attributes:
+        key: ``[8]``, int32: the little-endian words of the secret key.
+        step: ``[1]``, int64.
+    """
+
+    key: Tensor
+    step: Tensor
 
 
 def box_muller(words: np.ndarray) -> np.ndarray:
@@ -210,6 +295,21 @@ def secret_key(key: bytes | None) -> bytes:
     if len(key) != KEY_BYTES:
         raise ValueError(f"key must be {KEY_BYTES} bytes, got {len(key)}.")
     return key
+
+
+def reused_noise(name: str) -> PrivacyError:
+    """Explain why a second run gets no noise from the source of the first.
+
+    Args:
+        name: Its class.
+
+    Returns:
+        The error to raise.
+    """
+    return PrivacyError(
+        f"this {name} belongs to another run: its noise at step 0 would be used for two different sums and "
+        f"reveal their difference. Make a new {name} for each run."
+    )
 
 
 def check_step(step: int) -> None:

@@ -10,12 +10,12 @@ import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from securetune.errors import PrivacyError
+from securetune.errors import CheckpointError, PrivacyError
 from securetune.privacy.accounting import PrivacyPlan, PrivacySpec, plan_privacy
 from securetune.privacy.clipping import Clipping, FlatClipping
 from securetune.privacy.ledger import Ledger, LedgerHeader
@@ -85,10 +85,11 @@ class PrivateTraining:
         self._step = step
         self._sampler = sampler
         self._records = records
-        self._steps_drawn = 0
         self._is_in_step = False
+        self._is_broken = False  # a micro-batch failed on its way into the sum
         self._micro_batches: list[_MicroBatch] = []  # of the running step, still to be handed out
         self._in_hand: _MicroBatch | None = None  # handed out, not yet differentiated
+        self._buffers: dict[str, tuple[int, int]] = {}  # as they were when the step began
 
     def __enter__(self) -> Self:
         return self
@@ -122,6 +123,8 @@ class PrivateTraining:
         """Draw the samples of all remaining steps, one after the other.
 
         A sample may be empty: there is no micro-batch then, and :meth:`step` still adds noise and counts.
+        Torch's random generator is reseeded first, since dropout's masks must not follow from a seed that is
+        known; with a key fixed for a test it is not.
 
         Args:
             micro_batch_size: Most records in one forward pass, >= 1; the result does not depend on it. All
@@ -139,6 +142,8 @@ class PrivateTraining:
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be >= 1, got {micro_batch_size}.")
         collate = torch.utils.data.default_collate if collate_fn is None else collate_fn
+        if self.ledger.state.header.reportable_epsilon:
+            torch.seed()
         while self.remaining_steps:
             if self._is_in_step:
                 raise PrivacyError(
@@ -146,15 +151,15 @@ class PrivateTraining:
                     "depend on the data. Call private.step() after the micro-batches of each step. After an "
                     "error, start again with make_private: its ledger goes on."
                 )
-            drawn = self._sampler.draw(self._steps_drawn)
-            self._steps_drawn += 1
+            self._micro_batches = _split(self._sampler.draw_next(), micro_batch_size)
             self._is_in_step = True
-            self._micro_batches = _split(drawn, micro_batch_size)
+            self._buffers = _buffer_versions(self.grads.model)
             yield self._hand_out(collate)
         self.close()
 
     def _hand_out(self, collate: Callable[[list[Any]], Any]) -> Iterator[Any]:
         while self._micro_batches:
+            self._refuse_if_broken()
             if self._in_hand is not None:
                 raise PrivacyError(
                     "a micro-batch was left out: it got no private.backward(losses). Leaving records out "
@@ -187,8 +192,11 @@ class PrivateTraining:
                 f"[{expected}], got shape {list(losses.shape)}. Use reduction='none', average within each "
                 "record only, and let collate_fn make one row of each record."
             )
-        unit_ids, self._in_hand = self._in_hand.unit_ids, None
-        self._step.accumulate(losses, unit_ids)
+        self._refuse_if_broken()
+        self._is_broken = True
+        self._step.accumulate(losses, self._in_hand.unit_ids)
+        self._is_broken = False
+        self._in_hand = None
 
     def public_backward(self, losses: Tensor, *, weight: float = 1.0) -> None:
         """Add the gradient of public records to the running step: neither clipped, noised nor counted.
@@ -204,12 +212,14 @@ class PrivateTraining:
         """Charge the ledger, add noise, update: in the place of ``optimizer.step()`` and ``zero_grad()``.
 
         Raises:
-            PrivacyError: If no sample was drawn for it, or a micro-batch of the sample is missing.
+            PrivacyError: If no sample was drawn for it, a micro-batch of the sample is missing, or the step
+                changed a buffer that is saved with the model.
         """
         if not self._is_in_step:
             raise PrivacyError(
                 "there is no step to finish: private.step() goes once with each step of private.steps()."
             )
+        self._refuse_if_broken()
         missing = len(self._micro_batches) + (self._in_hand is not None)
         if missing:
             raise PrivacyError(
@@ -217,8 +227,27 @@ class PrivateTraining:
                 "depends on the data, and epsilon does not cover that: run the loop over micro-batches to "
                 "its end."
             )
+        self._refuse_moved_buffers()
         self._step.finish()
         self._is_in_step = False
+
+    def _refuse_if_broken(self) -> None:
+        if self._is_broken:
+            raise PrivacyError(
+                "an error stopped the backward pass of a micro-batch of this step. Going on without it would "
+                "leave records out, and whether it failed depends on them. Start again with make_private, "
+                "for example with smaller micro-batches: its ledger goes on."
+            )
+
+    def _refuse_moved_buffers(self) -> None:
+        now = _buffer_versions(self.grads.model)
+        moved = sorted(name for name in now if now[name] != self._buffers.get(name))
+        if moved:
+            raise PrivacyError(
+                f"buffer {moved[0]} changed in this step, and {len(moved) - 1} others. What a forward pass "
+                "on private records writes into the model has no noise and would be saved with it. Put the "
+                "module that keeps such statistics into evaluation mode, or replace it."
+            )
 
     def check(self, losses_of: Callable[[list[Any]], Tensor], examples: Sequence[Any]) -> float:
         """Compare with ordinary autograd, and each example with itself without its batch-mates.
@@ -257,10 +286,15 @@ class PrivateTraining:
         """Return what belongs into a checkpoint, between two steps, beside model and optimizer.
 
         Returns:
-            ``steps_charged`` and the state of the clipping; public numbers, JSON-able. Keys are never in it:
-            a resumed run draws new ones.
+            ``steps_charged``, who charged them, and kind and state of the clipping; public, JSON-able. Keys
+            are never in it: a resumed run draws new ones.
         """
-        return {"steps_charged": self.ledger.steps_charged, "clipping": self.clipping.state_dict()}
+        return {
+            "steps_charged": self.ledger.steps_charged,
+            "writers": sorted(self.ledger.state.writers),
+            "clipping_mode": self.clipping.mode,
+            "clipping": self.clipping.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, with the ledger of the run that wrote it.
@@ -269,13 +303,26 @@ class PrivateTraining:
             state: From :meth:`state_dict`.
 
         Raises:
-            PrivacyError: If the ledger holds fewer steps than the checkpoint had paid for.
+            PrivacyError: If the ledger holds fewer steps than the checkpoint had paid for, or is another
+                run's.
+            CheckpointError: If the checkpoint is of a run with another kind of clipping.
         """
         if self.ledger.steps_charged < state["steps_charged"]:
             raise PrivacyError(
                 f"{self.ledger.path} holds {self.ledger.steps_charged} steps, but the checkpoint had paid "
                 f"for {state['steps_charged']}: the ledger was lost or shortened, so epsilon would be too "
                 "low. Restore it, or start a new run with a new ledger (its epsilon adds to this one's)."
+            )
+        if not self.ledger.state.writers.issuperset(state["writers"]):
+            raise PrivacyError(
+                f"{self.ledger.path} is the ledger of another run than this checkpoint: steps that the model "
+                "was trained with are not in it, so epsilon would be too low. Give the ledger of the "
+                "checkpoint's run."
+            )
+        if state["clipping_mode"] != self.clipping.mode:
+            raise CheckpointError(
+                f"the checkpoint is of a run with {state['clipping_mode']} clipping, this one has "
+                f"{self.clipping.mode}. Resume with the clipping of the saved run."
             )
         self.clipping.load_state_dict(state["clipping"])
 
@@ -295,6 +342,7 @@ def make_private(
     steps: int | None = None,
     epochs: float | None = None,
     noise: NoiseSource | None = None,
+    passes: Literal[1, 2] = 1,
 ) -> PrivateTraining:
     """Calibrate the noise and make a training loop's model, optimizer and records private.
 
@@ -315,6 +363,8 @@ def make_private(
         steps: Number of steps, >= 1. In its place:
         epochs: Expected number of times that a record is taken; ``round(epochs / sample_rate)`` steps.
         noise: The noise; with a fixed key, for tests, no epsilon is reported. By default a new secret key.
+        passes: 2 trades time for memory in training in full under gradient checkpointing, see
+            :class:`PerSampleGradients`.
 
     Returns:
         The run; its ``plan`` says what it will cost.
@@ -331,16 +381,23 @@ def make_private(
     if sampler is None:
         assert sample_rate is not None
         sampler = PoissonSampler(len(records), sample_rate)
-    if isinstance(sampler, Sampler) and sampler.num_records != len(records):
+    if sampler.num_records != len(records):
         raise ValueError(
             f"the sampler draws from {sampler.num_records} records, but {len(records)} are given. Make it "
-            "with num_records=len(records)."
+            "with num_records=len(records), or with the user of each record in its order."
+        )
+    planned_units = expected_batch_size / sampler.sample_rate
+    if delta * planned_units > 1 + 1e-9:
+        raise ValueError(
+            f"delta must be at most one over the planned number of {sampler.describe().unit}s, "
+            f"expected_batch_size / sample_rate = {planned_units:g}, got {delta:g}: a larger one would allow "
+            "to publish some of them outright."
         )
     if steps is None:
         assert epochs is not None
         steps = max(1, round(epochs / sampler.sample_rate))
     noise = noise or NoiseSource()
-    grads = PerSampleGradients(model)
+    grads = PerSampleGradients(model, passes=passes)
     try:
         clipping = max_grad_norm if isinstance(max_grad_norm, Clipping) else FlatClipping(max_grad_norm)
         clipping.assign(grads.parameter_names())
@@ -362,6 +419,7 @@ def make_private(
             reportable_epsilon=noise.reportable_epsilon and sampler.reportable_epsilon,
             unit=sampler.describe().unit,
             sampler=sampler,
+            clipping=clipping,
         )
         opened = Ledger(ledger, header)
         try:
@@ -400,6 +458,16 @@ def _say_what_was_charged(ledger: Ledger) -> None:
             ledger.remaining_steps,
             ledger.steps_charged + ledger.remaining_steps,
         )
+
+
+def _buffer_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensor each buffer is that is saved with the model, and how often it was written to."""
+    versions: dict[str, tuple[int, int]] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                versions[f"{prefix}.{name}".lstrip(".")] = (id(buffer), buffer._version)
+    return versions
 
 
 def _split(drawn: Sequence[int] | Sequence[DrawnRecord], size: int) -> list[_MicroBatch]:

@@ -164,6 +164,11 @@ def add_noise(
         for start in range(0, length, _NOISE_CHUNK):
             values = flat[done + start : done + min(start + _NOISE_CHUNK, length)]
             values += noise.normal(
-                step=step, stream=stream, start=first + start, count=len(values), stddev=stddev
-            ).to(values)
+                step=step,
+                stream=stream,
+                start=first + start,
+                count=len(values),
+                stddev=stddev,
+                device=values.device,
+            )
         done += length

@@ -98,6 +98,7 @@ class Sampler(abc.ABC):
         self._num_records = num_records
         self._sample_rate = sample_rate
         self._sampling = sampling
+        self._next_step = 0
 
     def __repr__(self) -> str:
         key = "<secret>" if self._has_secret_key else "<fixed, for tests>"
@@ -148,6 +149,23 @@ class Sampler(abc.ABC):
         Raises:
             ValueError: If ``step`` is out of range.
         """
+
+    def draw_next(self) -> list[int]:
+        """Draw a sample that no call of this method had, so that runs which share a sampler share no sample.
+
+        Returns:
+            As :meth:`draw`.
+        """
+        return self.draw(self.begin_step())
+
+    def begin_step(self) -> int:
+        """Count one step.
+
+        Returns:
+            A step that this method never returned before.
+        """
+        self._next_step += 1
+        return self._next_step - 1
 
     def phase(self, noise_multiplier: float, steps: int) -> Phase:
         """Describe steps on these samples to the accountant: the sample rate has no second copy.

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from securetune.errors import PrivacyError
 from securetune.privacy.clipping import Clipping, FlatClipping
+from securetune.privacy.fused_update import FusedUpdate, why_not_fused
 from securetune.privacy.ledger import LedgerState
+from securetune.privacy.matrix_factorization import CorrelatedNoise, MatrixMechanism, WholeRunCharge
 from securetune.privacy.noise import Noise
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.reduction import Reduction, SingleProcess, add_noise
@@ -110,10 +112,13 @@ class PrivateStep(OrdinaryStep):
         noise: Position-addressed noise under a key of its own.
         ledger: Where every step is charged.
         reduction: How several processes add up and share the work; one process when None.
+        fused: Noise and update in one sweep over memory. None does so on a GPU where the optimizer allows it:
+            AdamW or SGD over ``[grads.flat_params]``. The result is the same up to rounding.
 
     Raises:
-        PrivacyError: If a value is out of its range, the ledger was opened for another noise multiplier, or
-            the optimizer owns other parameters than the trainable ones.
+        PrivacyError: If a value is out of its range, the ledger was opened for another noise multiplier or
+            charges for noise of another kind, the noise belongs to another run, or the optimizer owns other
+            parameters than the trainable ones.
     """
 
     def __init__(
@@ -127,6 +132,7 @@ class PrivateStep(OrdinaryStep):
         noise: Noise,
         ledger: Charges,
         reduction: Reduction | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(grads, optimizer, expected_batch_size=expected_batch_size)
         if not noise_multiplier >= 0:
@@ -137,13 +143,22 @@ class PrivateStep(OrdinaryStep):
                 f"the ledger charges steps of noise_multiplier {charged}, the step would add noise of "
                 f"{noise_multiplier}. Give both the plan's."
             )
+        _refuse_other_noise(noise, ledger)
         self.clipping = clipping
         self.noise_multiplier = noise_multiplier
         self._group_of = clipping.assign(grads.parameter_names())
         clipping.noise_stddev(noise_multiplier)  # refuses before anything is charged
+        if isinstance(ledger, WholeRunCharge):
+            ledger.begin_run()
+        noise.begin_run()
         self._noise = noise
         self._ledger = ledger
         self._reduction = reduction or SingleProcess()
+        if fused and reduction is not None:
+            raise PrivacyError("fused=True is for one process. Leave it out, or leave out reduction.")
+        may_fuse = reduction is None and (self.summed.is_cuda if fused is None else fused)
+        is_possible = fused or why_not_fused(grads, optimizer, noise) is None
+        self._fused = FusedUpdate(grads, optimizer, noise) if may_fuse and is_possible else None
         self._steps_finished = 0
         self._public: Tensor | None = None  # [P], the weighted public gradient of this step
         self._private_ids: set[Hashable] = set()
@@ -209,6 +224,25 @@ class PrivateStep(OrdinaryStep):
         self._ledger.charge()
         self._steps_finished += 1
         stddev = self.clipping.noise_stddev(self.noise_multiplier)
+        is_fused = why_not_fused(self.grads, self.optimizer, self._noise) is None
+        if self._fused is not None and is_fused:  # hooks or options may have come since
+            self._fused(
+                self.summed,
+                step=step,
+                stream=GRADIENT_NOISE_STREAM,
+                stddev=stddev,
+                divisor=self.expected_batch_size,
+                public=self._public,
+            )
+        else:
+            self._release(step, stddev)
+            self._update()
+        self.clipping.finish(self._noise, step=step, noise_multiplier=self.noise_multiplier)
+        self._public = None
+        self._private_ids.clear()
+        self._public_ids.clear()
+
+    def _release(self, step: int, stddev: float) -> None:
         reduction = self._reduction
         for layer in reduction.layers(self.grads.parameters):
             shard = reduction.reduce_sum(layer, self.summed[layer])
@@ -218,11 +252,6 @@ class PrivateStep(OrdinaryStep):
             if self._public is not None:
                 shard += reduction.reduce_sum(layer, self._public[layer])
             reduction.assign(self.grads, self.optimizer, layer, shard)
-        self.clipping.finish(self._noise, step=step, noise_multiplier=self.noise_multiplier)
-        self._update()
-        self._public = None
-        self._private_ids.clear()
-        self._public_ids.clear()
 
     @staticmethod
     def _remember(own: set[Hashable], ids: Sequence[Hashable], others: set[Hashable]) -> None:
@@ -241,6 +270,27 @@ class PrivateStep(OrdinaryStep):
                 "into one."
             )
         own.update(ids)
+
+
+def _refuse_other_noise(noise: Noise, ledger: Charges) -> None:
+    """What is charged must be what is drawn: noise of its own for each step, or one mechanism for all."""
+    if ledger.state.header.reportable_epsilon and not noise.reportable_epsilon:
+        raise PrivacyError(
+            "the noise has a fixed key, for tests, so everybody can subtract it, but the ledger reports an "
+            "epsilon. Make the noise without a key, or open the ledger with reportable_epsilon=False."
+        )
+    drawn = noise.mechanism if isinstance(noise, CorrelatedNoise) else None
+    charged = ledger.mechanism if isinstance(ledger, WholeRunCharge) else None
+    if drawn != charged:
+        raise PrivacyError(
+            f"the noise is {_kind(drawn)}, but the ledger charges for {_kind(charged)}, so epsilon would be "
+            "wrong. CorrelatedNoise goes with the WholeRunCharge of its own mechanism; a NoiseSource goes "
+            "with the Ledger itself, which charges each step."
+        )
+
+
+def _kind(mechanism: MatrixMechanism | None) -> str:
+    return "independent at each step" if mechanism is None else f"that of {mechanism}"
 
 
 def _refuse_other_parameters(grads: PerSampleGradients, optimizer: torch.optim.Optimizer) -> None:

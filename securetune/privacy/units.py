@@ -42,7 +42,8 @@ class UserSampler:
 
     Args:
         user_ids: The user of each record, in the order of the records.
-        sampler: Draws users: its ``num_records`` must be the number of different ``user_ids``.
+        sampler: Draws users: its ``num_records`` must be the number of different ``user_ids``. Where that
+            number is public it may be larger: the positions behind the users are empty places.
         max_records_per_user: Most records of one user in one step, >= 1, a public constant.
         key: 32 bytes, for tests only: a run with a fixed key reports no epsilon.
 
@@ -63,12 +64,14 @@ class UserSampler:
         records: dict[str, list[int]] = {}
         for index, user_id in enumerate(user_ids):
             records.setdefault(user_id, []).append(index)
-        if len(records) != sampler.num_records:
+        places, is_public = sampler.num_records, sampler.sampling.num_records is not None
+        if places < len(records) or (places > len(records) and not is_public):
             raise ValueError(
                 f"the sampler draws from {sampler.num_records} users, but user_ids has {len(records)} "
                 "different ones. Give the sampler len(set(user_ids)) as num_records."
             )
         self._users = list(records.items())
+        self._num_records = len(user_ids)
         self._sampler = sampler
         self._max_records_per_user = max_records_per_user
         self._key = secret_key(key)
@@ -80,6 +83,11 @@ class UserSampler:
 
     def __reduce__(self) -> NoReturn:
         raise refuse_to_copy("UserSampler")
+
+    @property
+    def num_records(self) -> int:
+        """Number of records of all users."""
+        return self._num_records
 
     @property
     def sample_rate(self) -> float:
@@ -116,11 +124,21 @@ class UserSampler:
         """
         drawn: list[DrawnRecord] = []
         for position in self._sampler.draw(step):
+            if position >= len(self._users):
+                continue
             user_id, indices = self._users[position]
             drawn += [
                 DrawnRecord(indices[number], user_id) for number in self._choose(user_id, indices, step)
             ]
         return drawn
+
+    def draw_next(self) -> list[DrawnRecord]:
+        """Draw records of a sample of users that no run drew before; see :meth:`Sampler.draw_next`.
+
+        Returns:
+            As :meth:`draw`.
+        """
+        return self.draw(self._sampler.begin_step())
 
     def phase(self, noise_multiplier: float, steps: int) -> Phase:
         """Describe steps on these samples to the accountant, with users as units.

@@ -29,6 +29,7 @@ from securetune.config.schema import GateRule
 from securetune.errors import CheckpointError, GateFailed, PrivacyError, SecuretuneError
 from securetune.evidence import Evidence
 from securetune.privacy.ledger import MAX_LEDGER_BYTES, read_ledger
+from securetune.privacy.statements import noise_statement, sampling_statement
 from securetune.publishing.card import render_card
 from securetune.publishing.gate import check_gate, require_passed
 from securetune.report.html import render_html
@@ -227,8 +228,18 @@ def _check_ledger(reader: FolderReader, entry: FileEntry | None, privacy: Privac
         for name, (found, stated) in pairs.items()
         if not math.isclose(found, stated, rel_tol=1e-9)
     ]
-    if header.sampler != privacy.sampler:
-        different.append(f"  sampler: {header.sampler} in the ledger, {privacy.sampler} in the report")
+    words = {"sampler": (header.sampler, privacy.sampler)}
+    if privacy.sampling:
+        words["sampling"] = (sampling_statement(header), privacy.sampling)
+    if privacy.noise:
+        words["noise"] = (noise_statement(header), privacy.noise)
+    if privacy.clipping:
+        words["clipping"] = (header.clipping_statement, privacy.clipping)
+    different += [
+        f"  {name}: {found} in the ledger, {stated} in the report"
+        for name, (found, stated) in words.items()
+        if found != stated
+    ]
     if different:
         raise CheckpointError(
             f"{where} is not the ledger behind the report's privacy statement, so nothing was published:\n"

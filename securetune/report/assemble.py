@@ -3,7 +3,7 @@
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from securetune.config.loader import recipe_digest
 from securetune.config.schema import Recipe
@@ -11,6 +11,7 @@ from securetune.errors import PrivacyError
 from securetune.evidence import GateResult
 from securetune.privacy.accounting import max_true_positive_rate, max_true_positive_rate_of_run
 from securetune.privacy.ledger import LedgerState, read_ledger
+from securetune.privacy.statements import noise_statement, sampling_statement
 from securetune.report.environment import describe_environment
 from securetune.report.summary import (
     AdversarialStatement,
@@ -84,7 +85,8 @@ def assemble_report(
             records=data.records,
             duplicates_removed=data.duplicates_removed,
             training_records=len(data.train),
-            held_out_records=len(data.held_out),
+            held_out_records=data.num_held_out,
+            **_users(recipe, data),
         ),
         privacy=privacy,
         adversarial=_adversarial(recipe),
@@ -122,22 +124,38 @@ def _privacy(recipe: Recipe, plan: Plan, state: LedgerState) -> PrivacyStatement
             "without it."
         )
     return PrivacyStatement(
+        unit=header.unit_statement,
         neighbouring=f"{header.neighbouring_relation} {header.unit}",
         sampler=header.sampler,
+        sampling=sampling_statement(header),
         accountant=header.accountant,
         epsilon_target=recipe.privacy.target_epsilon,
         epsilon_spent=epsilon,
         delta=header.delta,
         noise_multiplier=header.noise_multiplier,
+        noise=noise_statement(header),
         sample_rate=header.sample_rate,
         expected_batch_size=header.expected_batch_size,
         steps_planned=header.planned_steps,
         steps_charged=state.steps_charged,
         max_grad_norm=header.max_grad_norm,
+        clipping=header.clipping_statement,
         max_true_positive_rate_at_1pct_fpr=max_true_positive_rate(epsilon, header.delta, 0.01),
         max_true_positive_rate_at_1pct_fpr_pld=max_true_positive_rate_of_run([state.phase], 0.01),
         release_epsilon=sum(state.release_epsilons) or None,
     )
+
+
+def _users(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
+    if recipe.privacy.unit == "record":
+        return {}
+    return {
+        "unit": "user",
+        "training_users": len({example.user_id for example in data.train}),
+        "held_out_users": len(data.held_out),
+        "split_rule": "keyed hash of each user, so a user's side depends on that user alone; one record of "
+        "each held-out user is measured",
+    }
 
 
 def _adversarial(recipe: Recipe) -> AdversarialStatement | None:

@@ -54,7 +54,7 @@ def metric_format(metric: str) -> str:
     Returns:
         A key of ``FORMATS``.
     """
-    if metric.endswith("loss_difference"):
+    if metric.endswith("loss_difference") or metric == "memorisation_gap":
         return "signed"
     if metric.endswith("_difference"):
         return "points"

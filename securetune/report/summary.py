@@ -95,20 +95,26 @@ class DataStatement(_Part):
 
     Attributes:
         source: Where the records came from, without a path: a package name, or ``local file``.
-        planned_records: ``expected_batch_size / sample_rate``: the size the recipe plans for. Public.
+        planned_records: ``expected_batch_size / sample_rate``: the units the recipe plans for. Public.
+        unit: What is held out as a whole: "record" or "user".
         records: Records after exact duplicates were removed.
         duplicates_removed: Exact duplicates removed.
         training_records: Records the sampler could draw.
         held_out_records: Records kept out of training.
+        training_users: Users the sampler could draw, where users are the unit.
+        held_out_users: Users kept out of training, of whom one record each is measured.
         split_rule: How held-out records were chosen.
     """
 
     source: str
     planned_records: float = Field(gt=0)
+    unit: Literal["record", "user"] = "record"
     records: int | None = Field(default=None, ge=0)
     duplicates_removed: int | None = Field(default=None, ge=0)
     training_records: int | None = Field(default=None, ge=0)
     held_out_records: int | None = Field(default=None, ge=0)
+    training_users: int | None = Field(default=None, ge=0)
+    held_out_users: int | None = Field(default=None, ge=0)
     split_rule: str = "keyed hash of each record, so a record's side depends on that record alone"
 
 
@@ -118,17 +124,21 @@ class PrivacyStatement(_Part):
     Attributes:
         unit: The privacy unit, as a sentence.
         neighbouring: The neighbouring relation.
-        sampler: How batches were drawn.
+        sampler: How batches were drawn, in a word.
+        sampling: The same as a sentence: rate, largest batch, neighbouring relation, and whether the number
+            of units is public.
         accountant: Name and version of what computed epsilon, such as ``dp-accounting 0.6.0, PLD``.
         epsilon_target: The epsilon the recipe asked for.
         epsilon_spent: The epsilon of the steps in the ledger.
         delta: The delta of both.
+        noise: What noise hides each unit, as a sentence.
         noise_multiplier: Noise standard deviation over ``max_grad_norm``.
         sample_rate: Probability that a record is in a batch.
         expected_batch_size: The divisor of the summed gradient.
-        steps_planned: Steps the noise was calibrated for.
+        steps_planned: Steps the noise was calibrated for; mechanisms, where it is correlated over the steps.
         steps_charged: Steps in the ledger, repeated ones counted each time.
         max_grad_norm: Clipping threshold.
+        clipping: How each unit's gradient is bounded, as a sentence, with the sensitivity.
         max_true_positive_rate_at_1pct_fpr: The highest true-positive rate at 1 % false positives that any
             membership attack can have under (epsilon, delta).
         max_true_positive_rate_at_1pct_fpr_pld: The same, from the whole privacy loss distribution: tighter.
@@ -140,16 +150,19 @@ class PrivacyStatement(_Part):
     unit: str = UNIT_STATEMENT
     neighbouring: str = "add or remove one record"
     sampler: str = "Poisson"
+    sampling: str = ""
     accountant: str
     epsilon_target: float = Field(gt=0)
     epsilon_spent: float = Field(ge=0)
     delta: float = Field(gt=0, lt=1)
     noise_multiplier: float = Field(gt=0)
+    noise: str = ""
     sample_rate: float = Field(gt=0, le=1)
     expected_batch_size: int = Field(gt=0)
     steps_planned: int = Field(gt=0)
     steps_charged: int = Field(ge=0)
     max_grad_norm: float = Field(gt=0)
+    clipping: str = ""
     max_true_positive_rate_at_1pct_fpr: float = Field(ge=0, le=1)
     max_true_positive_rate_at_1pct_fpr_pld: float | None = Field(default=None, ge=0, le=1)
     release_epsilon: float | None = Field(default=None, gt=0)
@@ -333,6 +346,7 @@ def shareable(report: Report, released: Sequence[Evidence] = ()) -> Report:
         data=DataStatement(
             source=report.data.source,
             planned_records=report.data.planned_records,
+            unit=report.data.unit,
             split_rule=report.data.split_rule,
         ),
         privacy=report.privacy,
@@ -443,6 +457,8 @@ def _private_parts(report: Report) -> Iterable[str]:
         report.data.duplicates_removed,
         report.data.training_records,
         report.data.held_out_records,
+        report.data.training_users,
+        report.data.held_out_users,
     )
     if any(count is not None for count in counts):
         yield "numbers of records"

@@ -11,6 +11,7 @@ _METRICS = {
     "accuracy_pgd": "accuracy, PGD",
     "accuracy_char": "accuracy, misspelt",
     "membership_auc": "membership AUC",
+    "memorisation_gap": "memorisation gap",
 }
 _SUBJECTS = ("base", "plain", "hardened")
 

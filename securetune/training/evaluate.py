@@ -74,7 +74,7 @@ def evaluate_subject(
         run.save(name, result.to_dict())
 
     _evaluate(head, base, texts, recipe, subject, artefact, previous=previous, save=save)
-    run.save(f"{name}_done", {"num_non_members": texts.num_non_members})
+    run.save(f"{name}_done", {"num_non_members": len(texts.non_members)})
 
 
 def forget_plain_model(run: RunFolder) -> None:
@@ -143,7 +143,7 @@ def evaluate_checkpoint(recipe: Recipe, vault: Vault) -> list[Evidence]:
 
 def _texts(recipe: Recipe, data: PreparedData) -> EvaluationTexts:
     raw = [record.text or "" for record in data.held_out_records] if recipe.task == "classify" else None
-    return EvaluationTexts.draw(data.held_out, data.members, recipe.evaluation, raw=raw)
+    return EvaluationTexts.draw(data.held_out, data.members, recipe.evaluation, raw=raw, shared=data.shared)
 
 
 def _evaluate(

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from securetune.adversarial.validity import find_objective, require_private_training_allows
 from securetune.checkpoints import Sealer
 from securetune.config.loader import recipe_digest
@@ -17,13 +15,11 @@ from securetune.errors import CheckpointError, PrivacyError
 from securetune.models.adapters import adapt, adapter_files, load_adapter
 from securetune.models.base import BaseModel, load_base
 from securetune.models.task import ClassifyHead, GenerateHead
-from securetune.privacy.clipping import FlatClipping
-from securetune.privacy.ledger import Ledger, LedgerHeader
-from securetune.privacy.noise import NoiseSource
+from securetune.privacy.ledger import Ledger
 from securetune.privacy.per_sample import PerSampleGradients
-from securetune.privacy.sampling import PoissonSampler
-from securetune.privacy.step import OrdinaryStep, PrivateStep
+from securetune.privacy.step import OrdinaryStep
 from securetune.training.access import Access, forget
+from securetune.training.drawing import make_unit_sampler
 from securetune.training.dropout import AdapterDropout
 from securetune.training.folder import RunFolder
 from securetune.training.loop import (
@@ -34,6 +30,7 @@ from securetune.training.loop import (
     check_gradients,
     make_optimizer,
 )
+from securetune.training.mechanism import make_clipping, make_private_step
 from securetune.training.plan import Plan
 from securetune.training.prepare import PreparedData, probe_examples
 from securetune.training.progress import TrainingProgress
@@ -99,6 +96,8 @@ def fine_tune(
     grads = PerSampleGradients(model)
     probes = probe_examples(recipe, base.tokenizer)
     check_gradients(head, grads, probes, label_smoothing=settings.label_smoothing)
+    if plan.privacy is not None:  # patterns that fit no parameter are refused before the plain fine-tune
+        make_clipping(recipe, noise_multiplier=plan.privacy.noise_multiplier).assign(grads.parameter_names())
     optimizer = make_optimizer(recipe, grads)
     state = run.work / f"{subject}-state"
     owner = {"subject": subject, "recipe": recipe_digest(recipe), "base": base.digest}
@@ -106,16 +105,32 @@ def fine_tune(
     saved = None
     if (state / "vault.json").is_file():
         saved = load_state(state, access, grads, optimizer, owner=owner, stopping=stopping)
-    sampler = PoissonSampler(len(data.train), recipe.privacy.sample_rate)
+    sampler = make_unit_sampler(
+        recipe,
+        [example.user_id for example in data.train],
+        steps_done=0 if saved is None else saved.steps_done,
+    )
     with contextlib.ExitStack() as stack:
-        ledger, step = (
+        ledger, clipping, step = (
+            None,
             None,
             OrdinaryStep(grads, optimizer, expected_batch_size=recipe.privacy.expected_batch_size),
         )
         if subject == "hardened" and plan.privacy is not None:
-            ledger, step = _private_step(recipe, run, plan, grads, optimizer, sampler)
+            ledger, step = make_private_step(
+                recipe,
+                run,
+                plan.privacy,
+                grads,
+                optimizer,
+                sampler,
+                steps_done=0 if saved is None else saved.steps_done,
+            )
             stack.enter_context(ledger)
             _refuse_shorter_ledger(ledger, saved)
+            clipping = step.clipping
+            if saved is not None:
+                clipping.load_state_dict(saved.clipping)
             _charge_releases(ledger, _test_epsilons(recipe))
         trainer = Trainer(
             head,
@@ -131,7 +146,9 @@ def fine_tune(
         save = None
         if access.passphrase is not None:
             sealer = stack.enter_context(_sealer(access, saved))
-            save = partial(save_state, state, sealer, grads, optimizer, owner=owner, stopping=stopping)
+            save = partial(
+                save_state, state, sealer, grads, optimizer, owner=owner, stopping=stopping, clipping=clipping
+            )
         _run_steps(
             subject,
             recipe,
@@ -225,35 +242,6 @@ def make_head(recipe: Recipe, model: "nn.Module", base: BaseModel) -> Head:
     return GenerateHead(model)
 
 
-def _private_step(
-    recipe: Recipe,
-    run: RunFolder,
-    plan: Plan,
-    grads: PerSampleGradients,
-    optimizer: torch.optim.Optimizer,
-    sampler: PoissonSampler,
-) -> tuple[Ledger, PrivateStep]:
-    assert plan.privacy is not None
-    noise = NoiseSource()
-    reportable = noise.reportable_epsilon and sampler.reportable_epsilon
-    ledger = Ledger(
-        run.ledger,
-        LedgerHeader.from_plan(
-            plan.privacy, reportable_epsilon=reportable, unit=recipe.privacy.unit, sampler=sampler
-        ),
-    )
-    step = PrivateStep(
-        grads,
-        optimizer,
-        clipping=FlatClipping(recipe.privacy.max_grad_norm),
-        noise_multiplier=plan.privacy.noise_multiplier,
-        expected_batch_size=recipe.privacy.expected_batch_size,
-        noise=noise,
-        ledger=ledger,
-    )
-    return ledger, step
-
-
 def _adversary(subject: str, recipe: Recipe, head: Head) -> Adversary | None:
     if subject == "plain" or recipe.adversarial.method == "none":
         return None
@@ -305,7 +293,16 @@ def _run_steps(
 ) -> None:
     planned = recipe.privacy.steps
     steps_done = 0 if saved is None else saved.steps_done
-    remaining = planned - steps_done if ledger is None else ledger.remaining_steps
+    # noise that is correlated over the steps is charged as a whole: what is left follows from the saves
+    is_whole = ledger is not None and recipe.privacy.noise == "matrix_factorization"
+    remaining = planned - steps_done if ledger is None or is_whole else ledger.remaining_steps
+    if is_whole and remaining and ledger is not None and ledger.remaining_steps == 0:
+        raise PrivacyError(
+            f"all {ledger.steps_charged} planned mechanisms are charged in {run.ledger}: a run with "
+            "correlated noise that was killed goes on in a new mechanism, and privacy.planned_resumptions = "
+            f"{recipe.privacy.planned_resumptions} of them are paid for. Start a new run in another folder "
+            "with more of them (its epsilon adds to this one's)."
+        )
     if remaining == 0 and steps_done == 0:
         raise PrivacyError(
             f"all {planned} planned steps are charged in {run.ledger}, but no training state was saved "
@@ -316,7 +313,7 @@ def _run_steps(
     has_stopped = stopping is not None and stopping.has_stopped
     if has_stopped:  # the kill came between the last save and the end
         remaining = 0
-        if ledger is not None:
+        if ledger is not None and not is_whole:
             _charge_remaining_steps(ledger)
     with TrainingProgress(subject, total=planned, done=planned - remaining) as progress:
         for number in range(planned - remaining + 1, planned + 1):
@@ -327,7 +324,7 @@ def _run_steps(
             is_last = has_stopped or number == planned
             if save is not None and (number % recipe.training.save_every == 0 or is_last):
                 save(steps_done=steps_done, steps_charged=0 if ledger is None else ledger.steps_charged)
-            if has_stopped and ledger is not None:
+            if has_stopped and ledger is not None and not is_whole:
                 _charge_remaining_steps(ledger)
             epsilon = None
             if ledger is not None and plan.privacy is not None:

@@ -15,10 +15,10 @@ from securetune.data.collate import Batch, collate, length_buckets
 from securetune.data.encode import Example
 from securetune.errors import MachineError
 from securetune.models.task import ClassifyHead, GenerateHead
-from securetune.privacy.clipping import FlatClipping
 from securetune.privacy.per_sample import PerSampleGradients
-from securetune.privacy.sampling import Sampler
 from securetune.privacy.step import OrdinaryStep, PrivateStep
+from securetune.privacy.units import DrawnRecord, UserSampler
+from securetune.training.drawing import UnitSampler
 from securetune.training.dropout import AdapterDropout
 
 Head = ClassifyHead | GenerateHead
@@ -34,8 +34,8 @@ class StepResult:
             smoothing and dropout where there are any; None if none was drawn.
         num_samples: Samples drawn.
         num_tokens: Tokens, padding included.
-        clipped_fraction: Share of samples whose gradient was longer than the clipping norm; None without
-            clipping.
+        clipped_fraction: Share of units whose gradient was shortened, the mean over the groups of parameters
+            that are clipped apart; None without clipping or without samples.
         seconds: Wall-clock time.
     """
 
@@ -94,8 +94,9 @@ class Trainer:
     Args:
         head: The model with its adapters, and its task.
         step: Ordinary or private.
-        sampler: Draws each step's samples.
-        examples: The training examples, one per privacy unit.
+        sampler: Draws each step's samples, one by one or user by user; positions behind the examples are
+            empty places.
+        examples: The training examples.
         micro_batch_tokens: Most tokens, padding included, in one pass.
         adversary: None trains on clean embeddings. Attacks run without dropout and label smoothing.
         dropout: Gives the samples their masks; None for a model without dropout.
@@ -106,7 +107,7 @@ class Trainer:
         self,
         head: Head,
         step: OrdinaryStep,
-        sampler: Sampler,
+        sampler: UnitSampler,
         examples: Sequence[Example],
         *,
         micro_batch_tokens: int,
@@ -122,6 +123,7 @@ class Trainer:
         self._adversary = adversary
         self._dropout = dropout
         self._label_smoothing = label_smoothing
+        self._num_drawn = 0  # a resumed run has a new sampler, which counts from 0 too
 
     def run_step(self, number: int) -> StepResult:
         """Draw a sample, accumulate its gradients, update.
@@ -137,27 +139,33 @@ class Trainer:
             MachineError: If memory runs out; the step is then not charged.
         """
         started = time.monotonic()
-        drawn = [self._examples[index] for index in self._sampler.draw(number)]
+        taken = self._sampler.draw(self._num_drawn)
+        self._num_drawn += 1
+        places = [place.position if isinstance(place, DrawnRecord) else place for place in taken]
+        drawn = [self._examples[place] for place in places if place < len(self._examples)]
+        by_user = isinstance(self._sampler, UserSampler)
         losses: list[Tensor] = []
-        num_tokens = num_clipped = 0
-        for bucket in length_buckets(drawn, self._micro_batch_tokens):
-            batch = collate([drawn[index] for index in bucket]).to(self._device)
+        num_tokens = 0
+        for bucket in length_buckets(drawn, self._micro_batch_tokens, by_user=by_user):
+            examples = [drawn[index] for index in bucket]
+            batch = collate(examples).to(self._device)
             num_tokens += batch.input_ids.numel()
             with _out_of_memory_advice(), self._masks(batch, number):
                 micro_losses = self._losses(batch, number)
-                norms = self._step.accumulate(micro_losses)
+                if isinstance(self._step, PrivateStep):
+                    users = [example.user_id for example in examples] if by_user else None
+                    self._step.accumulate(micro_losses, users)
+                else:
+                    self._step.accumulate(micro_losses)
             losses.append(micro_losses.detach())
-            if isinstance(self._step, PrivateStep) and isinstance(self._step.clipping, FlatClipping):
-                num_clipped += int((norms > self._step.clipping.max_grad_norm).sum())
         self._step.finish()
         mean_loss = float(torch.cat(losses).mean()) if losses else None
-        is_private = isinstance(self._step, PrivateStep)
         return StepResult(
             step=number,
             loss=mean_loss if mean_loss is not None and math.isfinite(mean_loss) else None,
             num_samples=len(drawn),
             num_tokens=num_tokens,
-            clipped_fraction=num_clipped / len(drawn) if drawn and is_private else None,
+            clipped_fraction=_clipped_fraction(self._step),
             seconds=time.monotonic() - started,
         )
 
@@ -228,6 +236,12 @@ def activate_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_dropout" in name:
             module.train()
+
+
+def _clipped_fraction(step: OrdinaryStep) -> float | None:
+    fractions = step.clipping.clipped_fraction if isinstance(step, PrivateStep) else None
+    known = [fraction for fraction in fractions or () if not math.isnan(fraction)]
+    return sum(known) / len(known) if known else None
 
 
 @contextlib.contextmanager

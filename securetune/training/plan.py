@@ -9,8 +9,11 @@ import torch
 
 from securetune.config.schema import Recipe
 from securetune.files import write_atomic
-from securetune.privacy.accounting import UNIT_STATEMENT, PrivacyPlan, PrivacySpec, plan_privacy
+from securetune.privacy.accounting import PrivacyPlan, plan_privacy
+from securetune.privacy.ledger import LedgerHeader
+from securetune.privacy.statements import noise_statement, sampling_statement
 from securetune.training.folder import NOT_COVERED, RunFolder
+from securetune.training.mechanism import gradient_noise_multiplier, planned_header, privacy_spec
 from securetune.training.stopping import num_checks
 
 if TYPE_CHECKING:
@@ -64,10 +67,19 @@ class Plan:
         privacy = None
         if self.privacy is not None:
             spec = asdict(self.privacy.spec)
+            header = self._header()
             privacy = {
                 **spec,
-                "unit": UNIT_STATEMENT,
-                "neighbouring_relation": f"{self.privacy.spec.sampling.neighbouring_relation} record",
+                "clipping": {"mode": header.clipping, **header.clipping_settings},
+                "clipping_statement": header.clipping_statement,
+                "sensitivity": spec["max_grad_norm"],
+                "gradient_noise_multiplier": self._gradient_noise_multiplier(),
+                "unit": header.unit_statement,
+                "neighbouring_relation": f"{header.neighbouring_relation} {header.unit}",
+                "steps": self.recipe.privacy.steps,
+                "charges": spec["steps"],
+                "noise_statement": noise_statement(header),
+                "sampling_statement": sampling_statement(header),
                 "accountant": self.privacy.accountant,
                 "noise_multiplier": self.privacy.noise_multiplier,
                 "epsilon": self.privacy.epsilon,
@@ -99,6 +111,29 @@ class Plan:
             table.add_row(label, text)
         return Group(table)
 
+    def _header(self) -> LedgerHeader:
+        """What the ledger will say."""
+        assert self.privacy is not None
+        return planned_header(self.recipe, self.privacy)
+
+    def _gradient_noise_multiplier(self) -> float:
+        assert self.privacy is not None
+        return gradient_noise_multiplier(self.recipe, noise_multiplier=self.privacy.noise_multiplier)
+
+    def _noise(self) -> str:
+        assert self.privacy is not None
+        text = (
+            f"sigma {self.privacy.noise_multiplier:.4f} x clipping norm {self.privacy.spec.max_grad_norm:g}"
+        )
+        if self.recipe.privacy.noise != "gaussian":
+            return f"{text}; {noise_statement(self._header())}"
+        if self.recipe.privacy.clipping.mode != "adaptive":
+            return text
+        return (
+            f"{text} is charged for each step; learning the threshold takes its part, so the gradient's "
+            f"sigma is {self._gradient_noise_multiplier():.4f}"
+        )
+
     def _early_stopping(self) -> str | None:
         settings = self.recipe.training.early_stopping
         if settings.method == "none":
@@ -115,23 +150,20 @@ class Plan:
         else:
             spec, plan = self.privacy.spec, self.privacy
             rows += [
-                ("privacy unit", UNIT_STATEMENT),
-                (
-                    "neighbours",
-                    f"{spec.sampling.neighbouring_relation} record; {spec.sampler} sampling; "
-                    f"{plan.accountant}",
-                ),
+                ("privacy unit", self._header().unit_statement),
+                ("sampling", f"{sampling_statement(self._header())}; {plan.accountant}"),
                 (
                     "epsilon",
                     f"{plan.epsilon:.3f} of {spec.target_epsilon:g} at delta = {spec.delta:g}"
                     + ("" if plan.rdp_epsilon is None else f" (RDP cross-check {plan.rdp_epsilon:.2f})"),
                 ),
                 ("Gaussian DP", f"mu at most {plan.gdp_mu:.3f}, from the whole privacy curve"),
-                ("noise", f"sigma {plan.noise_multiplier:.4f} x clipping norm {spec.max_grad_norm:g}"),
+                ("clipping", self._header().clipping_statement),
+                ("noise", self._noise()),
                 (
                     "steps",
-                    f"{spec.steps}, expected batch {spec.expected_batch_size}, sample rate "
-                    f"{spec.sample_rate:g}",
+                    f"{self.recipe.privacy.steps}, expected batch {spec.expected_batch_size}, sample rate "
+                    f"{self.recipe.privacy.sample_rate:g}",
                 ),
                 (
                     "what that means",
@@ -170,6 +202,8 @@ def make_plan(
         MachineError: If the model is not here.
     """
     privacy = plan_privacy(privacy_spec(recipe)) if recipe.privacy.enabled else None
+    if privacy is not None:
+        gradient_noise_multiplier(recipe, noise_multiplier=privacy.noise_multiplier)  # refuses early
     if base is None:
         from securetune.models.base import load_base
 
@@ -178,29 +212,10 @@ def make_plan(
     return Plan(recipe, privacy, _estimate(recipe, base, tokens))
 
 
-def privacy_spec(recipe: Recipe) -> PrivacySpec:
-    """Take the privacy constants out of a recipe.
-
-    Args:
-        recipe: The recipe.
-
-    Returns:
-        What the accountant calibrates for.
-    """
-    settings = recipe.privacy
-    return PrivacySpec(
-        target_epsilon=settings.target_epsilon,
-        delta=settings.delta,
-        sample_rate=settings.sample_rate,
-        steps=settings.steps,
-        max_grad_norm=settings.max_grad_norm,
-        expected_batch_size=settings.expected_batch_size,
-    )
-
-
 def _estimate(recipe: Recipe, base: "BaseModel", tokens: float) -> Estimate:
     forward, training = _measure(base, max(8, round(tokens)))
-    drawn = recipe.privacy.steps * recipe.privacy.expected_batch_size * tokens
+    most = recipe.privacy.max_records_per_user or 1  # records of one unit
+    drawn = recipe.privacy.steps * recipe.privacy.expected_batch_size * most * tokens
     passes = 1 if recipe.adversarial.method == "none" else 1 + recipe.adversarial.steps
     settings = recipe.evaluation
     judged = (settings.num_texts + settings.num_membership) * tokens * forward

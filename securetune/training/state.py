@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from securetune.checkpoints import Sealer
 from securetune.errors import CheckpointError
+from securetune.privacy.clipping import Clipping
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.training.access import Access
 from securetune.training.stopping import EarlyStopping
@@ -25,12 +26,14 @@ class SavedState(NamedTuple):
         steps_charged: Steps the ledger held when it was saved; 0 without privacy.
         lineage: UUID of the saves.
         next_generation: Number of the next save.
+        clipping: State of the clipping, public numbers.
     """
 
     steps_done: int
     steps_charged: int
     lineage: str
     next_generation: int
+    clipping: dict[str, Any]
 
 
 def save_state(
@@ -41,6 +44,7 @@ def save_state(
     *,
     owner: Mapping[str, str],
     stopping: EarlyStopping | None = None,
+    clipping: Clipping | None = None,
     steps_done: int,
     steps_charged: int,
 ) -> None:
@@ -53,12 +57,18 @@ def save_state(
         optimizer: AdamW over it.
         owner: What the state belongs to: model, recipe, base. A state of another owner is not loaded.
         stopping: Early stopping, where there is any.
+        clipping: The clipping, whose thresholds may have moved; None without privacy.
         steps_done: Steps whose update is in the state.
         steps_charged: Steps in the ledger; 0 without privacy.
     """
     moments = optimizer.state[grads.flat_params]
     params = {"params": grads.flat_params.detach()}
-    metadata = {"owner": dict(owner), "steps_done": steps_done, "steps_charged": steps_charged}
+    metadata: dict[str, Any] = {
+        "owner": dict(owner),
+        "steps_done": steps_done,
+        "steps_charged": steps_charged,
+        "clipping": {} if clipping is None else clipping.state_dict(),
+    }
     if stopping is not None:
         metadata["stopping"] = stopping.state()
         if stopping.best_params is not None:
@@ -116,6 +126,7 @@ def load_state(
             steps_charged=int(vault.metadata["steps_charged"]),
             lineage=vault.manifest.lineage,
             next_generation=vault.manifest.generation + 1,
+            clipping=vault.metadata["clipping"],
         )
         if stopping is not None:
             stopping.load(vault.metadata["stopping"], adapter.get("best_params"))

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,8 @@ class PrivateTrainer(Trainer):
         clipping: In the place of flat clipping to ``args.max_grad_norm``.
         ledger: File that counts the steps; ``ledger.jsonl`` in ``args.output_dir`` when None.
         noise: For tests, as in :func:`~securetune.privacy.private.make_private`.
+        passes: Backward passes of each micro-batch: 2 trades time for memory in training in full under
+            gradient checkpointing, see :class:`~securetune.privacy.per_sample.PerSampleGradients`.
         public_eval_dataset: What ``Trainer`` calls ``eval_dataset``. Its metrics are logged and may choose
             the best checkpoint or end the run, so it must hold public records only.
         **options: Further arguments of ``Trainer``.
@@ -126,10 +128,17 @@ class PrivateTrainer(Trainer):
         clipping: Clipping | None = None,
         ledger: str | os.PathLike[str] | None = None,
         noise: NoiseSource | None = None,
+        passes: Literal[1, 2] = 1,
         public_eval_dataset: Any = None,
         **options: Any,
     ) -> None:
         refuse_options(args, options, has_clipping=clipping is not None)
+        public = public_eval_dataset
+        if any(part is train_dataset for part in (public.values() if isinstance(public, dict) else [public])):
+            raise ConfigError(
+                "public_eval_dataset is train_dataset: metrics on private records are un-noised, and epsilon "
+                "does not cover what is chosen by them. Give public records."
+            )
         if (sample_rate is None) == (sampler is None):
             raise ConfigError(f"give either sample_rate or sampler, got {sample_rate} and {sampler!r}.")
         self.expected_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -144,11 +153,12 @@ class PrivateTrainer(Trainer):
             "sample_rate": sample_rate,
             "sampler": sampler,
             "noise": noise,
+            "passes": passes,
         }
         self.private: PrivateTraining | None = None
         self.private_loss: float | None = None
         self._held: _HeldGradients | None = None
-        self._is_proven = False
+        self._proofs_left = _PROOFS
         own = copy.copy(args)
         own.gradient_accumulation_steps = 1  # a step of the loop is a whole step here, however many passes
         own.ignore_data_skip = True  # a resumed run draws new samples: none were drawn that could be skipped
@@ -212,6 +222,37 @@ class PrivateTrainer(Trainer):
             "of one run does not cover that. Search on public records with a plain Trainer."
         )
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the loader of public records to evaluate on.
+
+        Args:
+            eval_dataset: As for ``Trainer``; not the private records.
+
+        Returns:
+            The loader.
+        """
+        self._refuse_private_records(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the loader of public records to predict.
+
+        Args:
+            test_dataset: As for ``Trainer``; not the private records.
+
+        Returns:
+            The loader.
+        """
+        self._refuse_private_records(test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _refuse_private_records(self, dataset: Any) -> None:
+        if dataset is self._records:
+            raise PrivacyError(
+                "metrics and predictions on the private records are un-noised, and epsilon does not cover "
+                "what is logged or chosen by them. Give public records."
+            )
+
     # What the loop of transformers calls.
 
     def get_train_dataloader(self) -> Any:
@@ -257,8 +298,8 @@ class PrivateTrainer(Trainer):
         losses: list[Tensor] = []
         for rows in inputs:
             batch = self._prepare_inputs(collate(rows))
-            if not self._is_proven and len(rows) > 1:
-                self._refuse_coupled_losses(model, batch, len(rows))
+            if self._proofs_left and len(rows) > 1:
+                self._refuse_coupled_losses(model, rows, batch)
             model.train()
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, batch)
@@ -266,6 +307,8 @@ class PrivateTrainer(Trainer):
             self.private.backward(loss)
             losses.append(loss.detach())
         self.private_loss = float(torch.cat(losses).double().mean()) if losses else None
+        assert isinstance(self.optimizer, torch.optim.Optimizer)
+        self._held.param_groups = self.optimizer.param_groups  # some may have joined since
         self.private.step()
         self._held.give_back()
         return torch.zeros((), device=self.args.device)
@@ -360,38 +403,80 @@ class PrivateTrainer(Trainer):
         assert self.private is not None
         Path(output_dir, _STATE).write_text(json.dumps(self.private.state_dict()))
 
-    def _refuse_coupled_losses(self, model: nn.Module, batch: Mapping[str, Any], rows: int) -> None:
-        """Compute two records' losses together and apart: batch-mates must not change them."""
+    def _refuse_coupled_losses(self, model: nn.Module, rows: list[Any], batch: Mapping[str, Any]) -> None:
+        """Compute two records' losses together and apart: batch-mates must not change them.
 
-        def losses(part: slice) -> Tensor:
-            inputs = {
-                name: value[part] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
-                for name, value in batch.items()
-            }
+        Apart each has the padding that it would have alone, so the two should differ in length.
+        """
+        lengths = _lengths(batch)
+        pair = [0, 1] if lengths is None else [int(lengths.argmin()), int(lengths.argmax())]
+        is_telling = lengths is None or bool(lengths[pair[0]] < lengths[pair[1]])
+        if pair[0] == pair[1]:
+            pair = [0, 1]
+        self._proofs_left = 0 if is_telling else self._proofs_left - 1
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+
+        def losses(inputs: Mapping[str, Any]) -> Tensor:
             with torch.no_grad(), self.compute_loss_context_manager():
                 return self.compute_loss(model, inputs)
 
         model.eval()
-        together = losses(slice(0, 2))
+        together = losses(_select(batch, pair, len(rows)))
         if together.shape != (2,):
             raise PrivacyError(
                 f"the loss must be one value per record: two records gave shape {list(together.shape)}. Use "
                 "reduction='none', average within each record, and no collator that packs records together."
             )
-        apart = torch.cat([losses(slice(0, 1)), losses(slice(1, 2))])
+        apart = torch.cat(
+            [losses(_without_mates(batch, row, len(rows), collate([rows[row]]))) for row in pair]
+        )
         is_coarse = self.args.bf16 or any(p.dtype.itemsize < 4 for p in model.parameters())
         tolerance = _COARSE_TOLERANCE if is_coarse else _TOLERANCE
         if not torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
             raise PrivacyError(
-                f"the losses of two records are {together.tolist()} together but {apart.tolist()} apart: "
-                "they depend on their batch-mates. Causes: a divisor counted over the batch "
-                "(num_items_in_batch), batch statistics, in-batch negatives. Divide by each record's own "
-                "count."
+                "the losses of two records differ when they are computed together and apart: they depend on "
+                "their batch-mates. Causes: a divisor counted over the batch (num_items_in_batch), a mean "
+                "over the padded length, positions that padding on the left moves, batch statistics, "
+                "in-batch negatives. Divide by each record's own count, and pad on the right or to a fixed "
+                "length."
             )
-        self._is_proven = True
 
 
 _TOLERANCE, _COARSE_TOLERANCE = 1e-3, 5e-2  # a batch-wide divisor changes a loss by about half of it
+
+
+_PROOFS = 8  # micro-batches of records of one length, which tell nothing about padding, are compared
+
+
+def _lengths(batch: Mapping[str, Any]) -> Tensor | None:
+    """``[B]``: tokens of each record that are no padding; None where the batch does not tell."""
+    mask = batch.get("attention_mask")
+    return mask.sum(dim=1) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _select(batch: Mapping[str, Any], records: list[int], num_records: int) -> dict[str, Any]:
+    return {
+        name: value[records] if isinstance(value, Tensor) and value.shape[:1] == (num_records,) else value
+        for name, value in batch.items()
+    }
+
+
+def _without_mates(batch: Mapping[str, Any], record: int, num_records: int, alone: Any) -> dict[str, Any]:
+    """Take one record out of a batch, and the padding off that it has not ``alone``.
+
+    The record is not taken from ``alone`` itself, since a collator may draw at random.
+    """
+    inputs = _select(batch, [record], num_records)
+    lengths = _lengths(inputs)
+    if lengths is None or not isinstance(alone, Mapping):
+        return inputs
+    is_left = not bool(inputs["attention_mask"][0, 0])
+    for name, value in inputs.items():
+        own = alone.get(name)
+        if isinstance(own, Tensor) and isinstance(value, Tensor) and own.ndim == value.ndim >= 2:
+            surplus = max(0, value.shape[1] - own.shape[1])
+            inputs[name] = value[:, surplus:] if is_left else value[:, : value.shape[1] - surplus]
+    return inputs
 
 
 class _Steps:

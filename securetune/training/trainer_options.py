@@ -63,6 +63,19 @@ def refuse_options(args: "TrainingArguments", options: Mapping[str, Any], *, has
             "include_num_input_tokens_seen: it would log the sizes of private samples. Set it to 'no'.",
         ),
         (
+            not args.skip_memory_metrics,
+            "skip_memory_metrics: the memory that private samples take would be logged. Set it to True.",
+        ),
+        (
+            bool(
+                (getattr(args.accelerator_config, "gradient_accumulation_kwargs", None) or {}).get(
+                    "num_steps"
+                )
+            ),
+            "accelerator_config with num_steps: several private steps would be paid for and all but the last "
+            "one lost. Set gradient_accumulation_steps.",
+        ),
+        (
             args.enable_jit_checkpoint,
             "enable_jit_checkpoint: a run that a signal ends looks like one that data ended, and is charged "
             "in full. Use save_steps, and let the process be killed: resuming loses no charged step.",

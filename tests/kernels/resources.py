@@ -18,12 +18,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 ALIGNED = [["tt.divisibility", 16]]
 CLIP = "securetune_kernels.clip_and_accumulate.triton_kernels"
+NOISE = "securetune_kernels.gaussian_noise.triton_kernels"
+STEP = "securetune_kernels.noisy_step.triton_kernels"
 PGD = "securetune_kernels.pgd_step.triton_kernels"
 LINEAR = "securetune_kernels._linear.triton_kernels"
 LINEAR_NORMS = "securetune_kernels.linear_grad_norms.triton_kernels"
@@ -51,7 +54,7 @@ class Variant:
     label: str
     tensors: dict[str, str]  # pointer arguments, all 16-byte aligned
     numbers: dict[str, str]  # other arguments
-    constants: dict[str, int | bool]
+    constants: dict[str, Any]
     num_warps: int
     num_stages: int | None = None  # None: the compiler's default
     aligned_numbers: tuple[str, ...] = ()  # multiples of 16, so that rows are read in whole vectors
@@ -95,11 +98,62 @@ def variants() -> Iterator[Variant]:
         {"num_splits": "i32", "valid_stride": "i32", "max_grad_norm": "fp32"},
         {"HAS_VALID": True, "BLOCK_SPLITS": clip.MAX_SPLITS}, 4,
     )  # fmt: skip
+    yield from _noise_variants()
+    yield from _step_variants()
     yield from _pgd_variants()
     yield from _linear_variants()
     yield from _lora_variants()
     yield from _embedding_variants()
     yield from _sums_variants()
+
+
+def _noise_variants() -> Iterator[Variant]:
+    noise = importlib.import_module(NOISE)
+    for is_chacha, has_coefficients, summands in (
+        (True, False, 1),
+        (True, True, 1),
+        (True, False, 4),
+        (False, False, 1),
+    ):
+        name = "ChaCha20" if is_chacha else "Philox"
+        bands = ", coefficients" if has_coefficients else ""
+        yield Variant(
+            NOISE, "_gaussian_noise_kernel", f"{name}{bands}, {summands} summand(s)",
+            {"out_ptr": "*fp32", "key_ptr": "*i32", "step_ptr": "*i64", "coefficients_ptr": "*fp32"},
+            {"start": "i64", "count": "i32", "stream": "i32", "stddev": "fp32", "num_coefficients": "i32"},
+            {"IS_CHACHA": is_chacha, "HAS_COEFFICIENTS": has_coefficients, "SUMMANDS": summands,
+             "BLOCK": noise.BLOCK}, noise.NUM_WARPS,
+        )  # fmt: skip
+
+
+def _step_variants() -> Iterator[Variant]:
+    import triton.language as tl
+
+    step = importlib.import_module(STEP)
+    vectors = ("summed_ptr", "public_ptr", "masters_ptr")
+    tensors = {"chunks_ptr": "*i64", **dict.fromkeys(vectors, "*fp32"), "key_ptr": "*i32", "step_ptr": "*i64"}
+    numbers = {
+        "num_chunks": "i32", "stream": "i32", "rounding_stream": "i32",
+        **dict.fromkeys(("stddev", "divisor", "learning_rate", "decay"), "fp32"),
+    }  # fmt: skip
+    for param, kind in (
+        (tl.float32, "fp32"), (tl.bfloat16, "bf16, masters"), (tl.bfloat16, "bf16, rounded at random"),
+    ):  # fmt: skip
+        constants = {
+            "PARAM": param, "IS_CHACHA": True, "SUMMANDS": 1, "HAS_PUBLIC": True,
+            "HAS_MASTERS": "masters" in kind, "IS_RANDOM": "random" in kind, "BLOCK": step.CHUNK // 8,
+        }  # fmt: skip
+        yield Variant(
+            STEP, "_noisy_adamw_kernel", kind,
+            {**tensors, "exp_avg_ptr": "*fp32", "exp_avg_sq_ptr": "*fp32", "corrections_ptr": "*fp32"},
+            {**numbers, **dict.fromkeys(("beta1", "beta2", "eps", "noise_variance"), "fp32")},
+            {**constants, "IS_DP_CORRECTED": True}, step.NUM_WARPS,
+        )  # fmt: skip
+        yield Variant(
+            STEP, "_noisy_sgd_kernel", kind, {**tensors, "momentum_ptr": "*fp32"},
+            {**numbers, "momentum": "fp32"}, {**constants, "HAS_MOMENTUM": True, "IS_NESTEROV": True},
+            step.NUM_WARPS,
+        )  # fmt: skip
 
 
 def _pgd_variants() -> Iterator[Variant]:

@@ -124,6 +124,11 @@ class TestFinishedRun:
         report = json.loads((folder / "published" / "report.json").read_text())
         assert all(not item["private_statistic"] for item in report["evidence"])
         assert not [item for item in report["evidence"] if item["metric"].startswith("membership")]
+        assert not [item for item in report["evidence"] if item["metric"] == "memorisation_gap"]
+        internal = json.loads((folder / "report.json").read_text())["evidence"]
+        gaps = [item for item in internal if item["metric"] == "memorisation_gap"]
+        assert [item["subject"] for item in gaps] == ["base", "plain", "hardened"]
+        assert all(item["private_statistic"] and item["interval"] for item in gaps)
         assert not [item for item in report["evidence"] if item["subject"] == "plain"]
         assert report["curves"]["roc"] == []
         assert all(curve["loss"] is None for curve in report["curves"]["training"])
@@ -304,6 +309,53 @@ def test_failed_gate_publishes_nothing(workshop):
     rows = [item for item in report["evidence"] if item["metric"] == "heldout_loss"]
     assert {row["subject"] for row in rows} == {"base", "plain", "hardened"}
     assert all(row["interval"]["low"] <= row["value"] <= row["interval"]["high"] for row in rows)
+
+
+def test_users_are_the_unit_from_the_recipe_to_the_card(workshop):
+    rows = [json.loads(line) for line in (workshop / "labelled.jsonl").read_text().splitlines()]
+    path = workshop / "users.jsonl"
+    path.write_text("\n".join(json.dumps({**row, "who": n % 170}) for n, row in enumerate(rows)))
+    recipe = write_recipe(
+        workshop,
+        "users",
+        data__private={"path": str(path)},
+        data__user_field="who",
+        privacy__unit="user",
+        privacy__max_records_per_user=2,
+        privacy__expected_batch_size=20,
+        privacy__sample_rate=0.17,
+        privacy__sampling="truncated_poisson",
+        privacy__max_batch_size=30,
+        privacy__num_units=160,
+        privacy__clipping={"mode": "adaptive", "per_layer": True},
+        evaluation__num_texts=20,
+        evaluation__num_attacked=5,
+        evaluation__num_membership=40,
+    )
+    process = harden(recipe)
+    folder = workshop / "users"
+    assert process.returncode == 0, process.stdout + process.stderr
+    header = read_ledger(folder / "ledger.jsonl").header
+    unit = "one user, with up to 2 records in a step, of all under that user's id"
+    sampling = "truncated Poisson sampling at rate 0.17, at most 30 users a step, up to 2 records of each"
+    clipping = "adaptive: each layer's threshold follows the 0.5 quantile of the users' gradient norms"
+    card = (folder / "published" / "README.md").read_text()
+    published = json.loads((folder / "published" / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
+    assert header.unit_statement.startswith(unit)
+    assert "one user, with up to 2 records in a step" in card
+    assert "one user, with up to 2 records" in " ".join(process.stdout.split())
+    assert published["privacy"]["unit"].startswith(unit)
+    assert published["privacy"]["neighbouring"] == "zero out one user"
+    assert published["privacy"]["sampling"].startswith(sampling)
+    assert published["privacy"]["clipping"].startswith(clipping)
+    assert "N = 160 is public" in card
+    assert report["data"]["training_users"] + report["data"]["held_out_users"] == 170
+    assert published["data"]["unit"] == "user"
+    assert published["data"]["training_users"] is None
+    assert "the records of any one user were trained on" in (folder / "report.html").read_text()
+    accuracy = [item for item in report["evidence"] if item["metric"] == "accuracy"]
+    assert {item["n"] for item in accuracy} == {20}
 
 
 class TestRefusals:

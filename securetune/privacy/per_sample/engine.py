@@ -10,15 +10,18 @@ Dimensions: ``B`` samples, ``T`` positions, ``P`` trainable parameters.
 import contextlib
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from securetune.errors import PrivacyError
+from securetune.privacy.per_sample.choice import find_paths
+from securetune.privacy.per_sample.functional import FunctionalPath
 from securetune.privacy.per_sample.gradients import BatchGradients, TrainableParameter, _Uses, as_3d
-from securetune.privacy.per_sample.paths import find_paths
+from securetune.privacy.per_sample.paths import Path
 from securetune.privacy.per_sample.self_check import check_against_autograd
+from securetune.privacy.per_sample.two_passes import Measuring, Taker, TwoPassGradients
 
 # What wrappers put into parameter names: torch.compile, FSDP, activation checkpointing, DDP.
 _WRAPPER_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -27,7 +30,7 @@ _BATCH_ARGUMENTS = ("input_ids", "inputs_embeds", "hidden_states", "pixel_values
 
 
 class PerSampleGradients:
-    """Record every sample's gradient of every trainable parameter, in one backward pass.
+    """Record every sample's gradient of every trainable parameter, in one backward pass or two.
 
     Guarantees:
         The gradient of sample ``i`` in :meth:`backward` is that of ``losses[i]`` alone, as ordinary autograd
@@ -39,16 +42,26 @@ class PerSampleGradients:
     Args:
         model: The model, already on its device, its frozen parameters frozen. Trainable parameters must be on
             one device.
+        passes: 1, or 2 to spend time for memory. One pass keeps every large layer's input and output gradient
+            until the norms are known, which gives back what gradient checkpointing saved. Two passes keep
+            none: the first takes norms, :meth:`BatchGradients.accumulate` runs the second, which takes as
+            long as a backward (with checkpointing, a forward too). It pays for training in full under
+            checkpointing, where one pass or a useful batch does not fit; adapters are small enough for one.
 
     Raises:
+        ValueError: If ``passes`` is neither.
         PrivacyError: If a trainable parameter has no exact per-sample path, or a module couples samples; the
             message names it and the remedy.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, passes: Literal[1, 2] = 1) -> None:
+        if passes not in (1, 2):
+            raise ValueError(f"passes must be 1 or 2, got {passes}.")
         self.model = model
+        self.passes = passes
         self.parameters = _trainable_parameters(model)
         self._place = {id(place.parameter): place for place in self.parameters}
+        self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.paths = find_paths(model, self)
         self.num_params = self.parameters[-1].stop
         first = self.parameters[0].parameter
@@ -62,11 +75,17 @@ class PerSampleGradients:
         self._recording = False
         self._proving: Tensor | None = None  # [B], bool: whose losses the running proof differentiates
         self._saw_gradient = False
+        self._looped_kinds: set[type[nn.Module]] = set()
         self._proven: set[tuple[bool, float]] = set()
         self._rows = 0
         self._batch_rows: int | None = None
+        self._nearest_rows: int | None = None
         self._written: set[int] = set()
         self._factored: dict[int, _Uses] = {}
+        self._number = 0  # of the running backward
+        self._taker: Taker | None = None  # of the running pass
+        self._is_second = False  # whether the rows are written, and factors are all that is wanted
+        self._repeated = {place.index for place in self.parameters if self._owners[id(place.parameter)] > 1}
         self._hooks = self._watch_batch_size()
         for path in self.paths:
             path.attach()
@@ -108,7 +127,8 @@ class PerSampleGradients:
                 of one unit's samples count as one.
 
         Returns:
-            The recorded gradients, valid until the next call.
+            The recorded gradients, valid until the next call. With two passes they hold the graph of
+            ``losses``, and may be accumulated (or materialized) once.
 
         Raises:
             PrivacyError: If ``losses`` is not one value per sample, a layer saw another number of samples, or
@@ -123,29 +143,86 @@ class PerSampleGradients:
         if unit_ids is not None and len(unit_ids) != len(losses):
             raise PrivacyError(f"unit_ids has {len(unit_ids)} entries for {len(losses)} losses.")
         self._start(len(losses))
+        units = None if unit_ids is None else _unit_index(unit_ids, self.device)
+        if self._rows and self._takes_two_passes:
+            return self._backward_twice(losses, units)
         if self._rows:
-            self._refuse_leftover_gradients("before the pass")
-            self._recording = True
+            self._run(losses, None)
+        rows = self._finish_rows()
+        factored, self._factored = self._factored, {}
+        self._batch_rows = self._nearest_rows = None
+        return BatchGradients(self.parameters, rows, self._row_columns, factored, units)
+
+    @property
+    def _takes_two_passes(self) -> bool:
+        return self.passes == 2 and self._buffer.shape[1] < self.num_params
+
+    def _run(self, losses: Tensor, taker: Taker | None, *, retain_graph: bool = False) -> None:
+        """Run one backward pass that records, with a proof before the first of its kind."""
+        self._refuse_unfrozen()
+        self._refuse_leftover_gradients("before the pass")
+        self._recording = True
+        try:
+            self._prove_isolation(losses)
+            self._taker = taker
+            losses.sum().backward(retain_graph=retain_graph)
+        finally:
+            self._recording, self._taker = False, None
+        self._refuse_leftover_gradients("by the pass")
+
+    def _backward_twice(self, losses: Tensor, units: Tensor | None) -> BatchGradients:
+        """Measure in a first pass, and hand out how to run the second."""
+        number = self._number
+
+        def run_again(taker: Taker | None) -> dict[int, _Uses]:
+            if number != self._number:
+                raise PrivacyError(
+                    "these gradients are of an earlier backward. With passes=2 accumulate them before the "
+                    "next."
+                )
+            self._is_second = True
             try:
-                self._prove_isolation(losses)
-                losses.sum().backward()
+                self._run(losses, taker)
             finally:
-                self._recording = False
-            self._refuse_leftover_gradients("by the pass")
+                self._is_second = False
+            factored, self._factored = self._factored, {}
+            self._batch_rows = self._nearest_rows = None
+            return factored
+
+        while True:
+            rows = self._buffer[: self._rows]
+            batch = TwoPassGradients(self.parameters, rows, self._row_columns, units, run_again)
+            measuring = Measuring(batch, self._repeated)
+            try:
+                self._run(losses, measuring, retain_graph=True)
+            except RuntimeError as error:
+                if "donated buffer" not in str(error):
+                    raise
+                raise PrivacyError(
+                    "a compiled model keeps no second backward pass: use passes=1, or do not compile it."
+                ) from error
+            if not measuring.found:
+                break
+            self._repeated |= measuring.found
+            self._start(self._rows)
+            number = self._number
+        measuring.finish(self._factored)
+        self._finish_rows()
+        return batch
+
+    def _finish_rows(self) -> Tensor:
         rows = self._buffer[: self._rows]
         for index, (start, stop) in self._row_columns.items():
             if index not in self._written:
                 rows[:, start:stop] = 0.0
-        factored, self._factored = self._factored, {}
-        self._batch_rows = None
-        index = None if unit_ids is None else _unit_index(unit_ids, self.device)
-        return BatchGradients(self.parameters, rows, self._row_columns, factored, index)
+        return rows
 
     def check(self, losses_of: Callable[[list[int]], Tensor], batch_size: int) -> float:
         """Compare a small batch with ordinary autograd, parameter by parameter, and with each sample alone.
 
-        Run it on public examples of unequal length. Adapters hold random values meanwhile: a fresh LoRA has
-        ``B = 0``, and with it a gradient of ``A`` that is zero whether right or wrong.
+        Run it on public examples of unequal length. Trainable parameters that are all zero hold random values
+        meanwhile: a fresh adapter has some (``B`` of LoRA), and with them other gradients that are zero
+        whether right or wrong.
 
         Args:
             losses_of: Called with a list of row indices, returns their losses ``[len(rows)]`` from a fresh
@@ -192,6 +269,11 @@ class PerSampleGradients:
         """Number of samples in the running forward pass, where a module's arguments told."""
         return self._batch_rows
 
+    @property
+    def nearest_rows(self) -> int | None:
+        """Number of rows that the innermost watched module got: windows of images, where it splits them."""
+        return self._nearest_rows
+
     def place_of(self, parameter: nn.Parameter) -> TrainableParameter | None:
         """Return the place of a parameter, None for a frozen one."""
         return self._place.get(id(parameter))
@@ -200,14 +282,16 @@ class PerSampleGradients:
         """Record the gradient ``g_i^T a_i`` of a matrix; ``a``: ``[B, ..., d]``, ``g``: ``[B, ..., p]``."""
         a, g = self.by_sample(a, name), self.by_sample(g, name)
         uses = self._uses(place, name)
-        is_tied = self._owners[id(place.parameter)] > 1
-        uses.add_dense(as_3d(a), as_3d(g), self.compute_dtype, is_tied=is_tied)
+        must_keep = self._takes_two_passes or self._owners[id(place.parameter)] > 1
+        uses.add_dense(as_3d(a), as_3d(g), self.compute_dtype, is_tied=must_keep)
+        self._give(place)
 
     def record_lookup(self, place: TrainableParameter, ids: Tensor, g: Tensor, name: str) -> None:
         """Record the gradient of a table; ``ids``: ``[B, T]``, ``g``: ``[B, T, d]``."""
         ids, g = self.by_sample(ids, name), self.by_sample(g, name)
         uses = self._uses(place, name)
         uses.lookups.append((ids.reshape(self._rows, -1), g.reshape(self._rows, -1, g.shape[-1])))
+        self._give(place)
 
     def record_routed(
         self, place: TrainableParameter, a: Tensor, g: Tensor, expert: Tensor, name: str
@@ -219,9 +303,16 @@ class PerSampleGradients:
         """
         a, g, expert = (self.by_sample(part, name) for part in (a, g, expert))
         self._uses(place, name).routed.append((as_3d(a), as_3d(g), expert.reshape(self._rows, -1)))
+        self._give(place)
+
+    def _give(self, place: TrainableParameter) -> None:
+        if self._taker is not None:
+            self._taker.take(place, self._factored)
 
     def record_rows(self, place: TrainableParameter, grads: Tensor, name: str) -> None:
         """Record written-out gradients ``[B, *shape]`` of a parameter."""
+        if self._is_second:
+            return
         if grads.shape[0] != self._rows:
             raise _not_by_sample(name, grads.shape[0], self._rows)
         columns = self.row_slice(place).unflatten(1, grads.shape[1:] or (1,))
@@ -240,6 +331,11 @@ class PerSampleGradients:
             )
         return self._factored.setdefault(place.index, _Uses())
 
+    def has_all_of(self, path: Path) -> bool:
+        """Whether nothing of a path is wanted any more: the second pass, and it writes rows only."""
+        places = (self.place_of(parameter) for parameter in path.parameters)
+        return self._is_second and all(place is None or place.index in self._row_columns for place in places)
+
     def row_slice(self, place: TrainableParameter) -> Tensor:
         """Return the columns of a parameter in the buffer of the running pass: ``[B, numel]``."""
         start, stop = self._row_columns[place.index]
@@ -252,8 +348,11 @@ class PerSampleGradients:
             *places: Parameters whose gradients are written together.
 
         Returns:
-            ``[B, *shape]`` of each parameter, and whether to add to what is there: the module ran before.
+            ``[B, *shape]`` of each parameter, and whether to add to what is there: the module ran before. In
+            the second pass, which wants factors only, memory that nobody reads.
         """
+        if self._is_second:
+            return [self._buffer.new_empty(self._rows, *place.parameter.shape) for place in places], False
         is_added = any(place.index in self._written for place in places)
         rows = [self.row_slice(place).unflatten(1, place.parameter.shape) for place in places]
         for place, own in zip(places, rows, strict=True):
@@ -274,6 +373,19 @@ class PerSampleGradients:
                     "weight gradient, so nothing would be trained. Give the losses [B] to the private step's "
                     "backward; for gradients of inputs use torch.autograd.grad(loss, inputs)."
                 )
+
+    def warn_of_loop(self, name: str, module: nn.Module, reason: str) -> None:
+        """Say once for each kind of layer that it is differentiated one sample after another."""
+        kind = type(module)
+        if kind not in self._looped_kinds:
+            self._looped_kinds.add(kind)
+            _logger.warning(
+                "layer %s and others of its kind (%s) run once for each sample, which is slow, since they "
+                "can't be vectorised: %s",
+                name,
+                kind.__name__,
+                reason,
+            )
 
     def _prove_isolation(self, losses: Tensor) -> None:
         """Prove that no sample's loss reaches another's rows, in extra passes over the first batch.
@@ -315,6 +427,7 @@ class PerSampleGradients:
 
     def _start(self, rows: int) -> None:
         self._rows = rows
+        self._number += 1
         if self._buffer.shape[0] < rows:
             self._buffer = self._buffer.new_empty(rows, self._buffer.shape[1])
         self._written.clear()
@@ -334,6 +447,12 @@ class PerSampleGradients:
             PrivacyError: If the number of rows is not a multiple of the number of samples, or a sample's loss
                 reaches another sample's rows.
         """
+        if tensor.ndim == 0:
+            raise PrivacyError(
+                f"the loss uses an output of layer {name} that has no batch dimension, so its gradient can't "
+                "be split by sample: a balance loss or another mean over the batch. Leave it out of the loss "
+                "or freeze the layer."
+            )
         if tensor.shape[0] == 0 or tensor.shape[0] % self._rows:
             raise _not_by_sample(name, tensor.shape[0], self._rows)
         if tensor.shape[0] > self._rows:
@@ -355,6 +474,15 @@ class PerSampleGradients:
                 "freeze the layer."
             )
 
+    def _refuse_unfrozen(self) -> None:
+        unfrozen = [name for name, parameter in self._frozen if parameter.requires_grad]
+        if unfrozen:
+            raise PrivacyError(
+                f"{unfrozen[0]} was unfrozen after PerSampleGradients was made, and {len(unfrozen) - 1} "
+                "others: it would train without clipping and without noise. Freeze it again, or unfreeze it "
+                "before."
+            )
+
     def _refuse_leftover_gradients(self, when: str) -> None:
         found = [place for place in self.parameters if place.parameter.grad is not None]
         for place in found:
@@ -371,30 +499,39 @@ class PerSampleGradients:
 
         Position ids often come as ``[1, T]``, one row for all samples; the lookup is then done per sample.
         """
-        above: dict[str, nn.Module] = {}
         modules = dict(self.model.named_modules())
+        above_embeddings: set[str] = {""}
+        above: set[str] = {""}
         for path in self.paths:
             parts = path.name.split(".")
+            names = {name for i in range(len(parts)) if (name := ".".join(parts[:i])) in modules}
             if isinstance(path.module, nn.Embedding):
-                above |= {
-                    name: modules[name] for i in range(len(parts)) if (name := ".".join(parts[:i])) in modules
-                }
+                above_embeddings |= names
+            if isinstance(path.module, nn.Embedding) or isinstance(path, FunctionalPath):
+                above |= names
+        modules[""] = self.model
 
-        above[""] = self.model
-        root = id(self.model)
+        def watch(name: str) -> Any:
+            is_root, tells_samples = name == "", name in above_embeddings
 
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not torch.is_grad_enabled():
-                return
-            named = [kwargs[key] for key in _BATCH_ARGUMENTS if isinstance(kwargs.get(key), Tensor)]
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            rows = next((value.shape[0] for value in [*named, *tensors] if value.ndim >= 2), None)
-            # inner modules may be called with one row for all samples, which tells nothing
-            if rows is not None and (named or id(module) == root or rows > 1):
-                self._batch_rows = rows
+            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if not torch.is_grad_enabled():
+                    if is_root:  # an evaluation, of another number of rows
+                        self._nearest_rows = None
+                    return
+                named = [kwargs[key] for key in _BATCH_ARGUMENTS if isinstance(kwargs.get(key), Tensor)]
+                tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+                rows = next((value.shape[0] for value in [*named, *tensors] if value.ndim >= 2), None)
+                # inner modules may be called with one row for all samples, which tells nothing
+                if rows is not None and (named or is_root or rows > 1):
+                    self._nearest_rows = rows
+                    if tells_samples:
+                        self._batch_rows = rows
 
-        untraced: Any = torch.compiler.disable(note)
-        return [module.register_forward_pre_hook(untraced, with_kwargs=True) for module in above.values()]
+            untraced: Any = torch.compiler.disable(note)
+            return modules[name].register_forward_pre_hook(untraced, with_kwargs=True)
+
+        return [watch(name) for name in sorted(above)]
 
 
 def _not_by_sample(name: str, found: int, samples: int) -> PrivacyError:

@@ -82,6 +82,8 @@ class LoraPath(Path):
         if not engine.is_recording:
             engine.refuse_plain_backward(self.parameters)
             return
+        if engine.has_all_of(self):
+            return
         x, g = as_3d(engine.by_sample(x, self.name)), as_3d(engine.by_sample(g, self.name))
         shape = (*x.shape[:2], -1)
         (grad_a, grad_b), is_added = engine.rows_to_write(place_a, place_b)
@@ -102,7 +104,7 @@ class _LinearWithAdapter(torch.autograd.Function):
         y.view(-1, y.shape[-1]).addmm_(h, b.t(), alpha=path.layer.scaling)
         ctx.save_for_backward(x, h, weight, a, b)
         ctx.path = path
-        return y
+        return y.detach()  # not a view, which no operation in place may follow
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -168,6 +170,8 @@ def is_plain_lora(name: str, module: nn.Module) -> bool:
     if not adapters or adapters[0] in getattr(module, "lora_variant", {}):
         return False
     a, b = module.lora_A[adapters[0]], module.lora_B[adapters[0]]
+    if not isinstance(a, nn.Module):  # AdaLoRA's are no layers
+        return False
     is_trained = a.weight.requires_grad or b.weight.requires_grad
     return bool(is_trained) and isinstance(a, nn.Linear) and b.bias is None
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from securetune.errors import PrivacyError
+from securetune.privacy.per_sample.functional import FunctionalPath
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d, by_expert
 from securetune.privacy.per_sample.paths import Path, _detached, _sum_positions, recorded, sum_rows
 
@@ -180,6 +181,11 @@ class RouterPath(Path):
     A weight or bias that it uses in any other way gets an ordinary gradient, which the engine refuses.
     """
 
+    @property
+    def router(self) -> Any:
+        """The module with the weight."""
+        return self.module
+
     def row_places(self) -> list[TrainableParameter]:
         """The bias."""
         return sum_rows([self.place(self.module._parameters.get("bias"))])
@@ -206,24 +212,93 @@ class RouterPath(Path):
         return recorded(self, y, record, x.to(y.dtype))
 
 
+class AdaptedRouterPath(Path):
+    """An adapter of a router's weight, which peft's ``all-linear`` brings: ``y = (W + s B A) x``.
+
+    Args:
+        engine: Who records.
+        name: The wrapper's name.
+        wrapper: The adapter around the router.
+        adapter: Its matrices.
+    """
+
+    def __init__(self, engine: "PerSampleGradients", name: str, wrapper: Any, adapter: _Adapter) -> None:
+        super().__init__(engine, name, wrapper)
+        self._adapter = adapter
+        self.router: Any = wrapper.get_base_layer()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """``A`` and ``B``, as far as they train."""
+        return [matrix for matrix in (self._adapter.a, self._adapter.b) if matrix.requires_grad]
+
+    def row_places(self) -> list[TrainableParameter]:
+        """Both."""
+        return sum_rows([self.place(self._adapter.a), self.place(self._adapter.b)])
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the router's own forward."""
+        if self.module.disable_adapters or self.module.merged:
+            return self._original(*args, **kwargs)
+        with _LinearOfRouter(self, is_watched=True) as mode:
+            y = self.router(*args, **kwargs)
+        if not mode.was_used:
+            raise self.other_use()
+        return y
+
+    def linear(self, x: Tensor, matrix: Tensor, given_bias: Tensor | None) -> Tensor:
+        """Apply the adapted weight, ``matrix`` being the frozen one; ``x``: ``[N, d]`` or ``[B, T, d]``."""
+        a, b = self._adapter.a.detach(), self._adapter.b.detach()
+        delta = (b @ a).mul_(self._adapter.scaling).to(matrix.dtype)
+        y = functional.linear(x, matrix + delta, given_bias)
+
+        def record(g: Tensor, x: Tensor) -> None:
+            dtype = self.engine.compute_dtype
+            g, x = (as_3d(self.engine.by_sample(part, self.name)).to(dtype) for part in (g, x))
+            products = torch.bmm(g.transpose(1, 2), x).mul_(self._adapter.scaling)  # [B, p, d]
+            for matrix, grads in (
+                (self._adapter.a, b.to(dtype).t() @ products),
+                (self._adapter.b, products @ a.to(dtype).t()),
+            ):
+                place = self.place(matrix)
+                if place is not None:
+                    self.engine.record_rows(place, grads, self.name)
+
+        return recorded(self, y, record, x.to(y.dtype))
+
+    def other_use(self) -> PrivacyError:
+        """Say that the adapter would be left out."""
+        return PrivacyError(
+            f"layer {self.name} ({type(self.router).__name__}) does not use its weight as a linear layer, "
+            "so its adapter has no exact path. Leave it out of target_modules (exclude_modules)."
+        )
+
+
 class _LinearOfRouter(TorchFunctionMode):
     """Run ``functional.linear`` on a router's weight, or on a cast of it, through its path."""
 
-    def __init__(self, path: RouterPath) -> None:
+    def __init__(self, path: RouterPath | AdaptedRouterPath, *, is_watched: bool = False) -> None:
         super().__init__()
-        self._path = path
+        self.was_used = False
+        self._path, self._is_watched = path, is_watched
         self._casts: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        weight = self._path.module.weight
+        weight = self._path.router.weight
         if func in _CASTS and args and args[0] is weight:
             self._casts.append(func(*args, **kwargs))
             return self._casts[-1]
         if func is functional.linear:
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             if any(given["weight"] is known for known in (weight, *self._casts)):
+                self.was_used = True
                 return self._path.linear(given["input"], given["weight"].detach(), given.get("bias"))
+        is_property = getattr(func, "__name__", "") == "__get__"
+        if self._is_watched and not is_property and isinstance(self._path, AdaptedRouterPath):
+            given = (*args, *kwargs.values())
+            if any(value is known for value in given for known in (weight, *self._casts)):
+                raise self._path.other_use()
         return func(*args, **kwargs)
 
 
@@ -255,6 +330,8 @@ def routed_path(engine: "PerSampleGradients", name: str, module: nn.Module) -> P
         path = ExpertsPath(engine, name, module, _adapters(name, module))
         _refuse_unrecorded(path)
         return path
+    if isinstance(module, ParamWrapper) and getattr(base, module.parameter_name).ndim == 2:
+        return _adapted_matrix_path(engine, name, module)
     if isinstance(module, ParamWrapper):
         raise PrivacyError(
             f"layer {name} has an adapter of its parameter {module.parameter_name} (target_parameters), "
@@ -267,6 +344,16 @@ def routed_path(engine: "PerSampleGradients", name: str, module: nn.Module) -> P
             "use a model whose experts follow transformers' experts interface."
         )
     return RouterPath(engine, name, module) if _is_router(module) else None
+
+
+def _adapted_matrix_path(engine: "PerSampleGradients", name: str, wrapper: Any) -> Path:
+    """Return the path of a matrix' adapter: a router's, where peft's ``all-linear`` brought it."""
+    adapters = _adapters(name, wrapper)
+    known = {id(matrix) for adapter in adapters.values() for matrix in (adapter.a, adapter.b)}
+    is_alone = all(id(p) in known for p in wrapper.parameters() if p.requires_grad)
+    if list(adapters) == ["weight"] and is_alone:
+        return AdaptedRouterPath(engine, name, wrapper, adapters["weight"])
+    return FunctionalPath(engine, name, wrapper)
 
 
 def _is_known_experts(module: Any) -> bool:

@@ -99,6 +99,8 @@ def _record_scale(path: RmsNormPath, g: Tensor, x: Tensor, scale: Tensor) -> Non
     if not engine.is_recording:
         engine.refuse_plain_backward(path.parameters)
         return
+    if engine.has_all_of(path):
+        return
     place = engine.place_of(path.module.weight)
     assert place is not None
     g, x, scale = (as_3d(engine.by_sample(part, path.name)) for part in (g, x, scale))

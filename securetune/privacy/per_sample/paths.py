@@ -1,4 +1,4 @@
-"""Which module of a model gets which exact per-sample path, and the paths of the common layers.
+"""The paths of the common layers, and what all paths share.
 
 A path stands in for one module's ``forward``. It runs the layer with its weights detached, so that autograd
 computes no summed weight gradient, and puts a recorder on the output: in the backward pass of the engine the
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from securetune.errors import PrivacyError
@@ -21,15 +20,9 @@ if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
 
 Record = Callable[[Tensor], None]
-_KNOWN_LAYERS = (
-    nn.Linear,
-    nn.Embedding,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.conv._ConvNd,
-    nn.modules.instancenorm._InstanceNorm,
-)
+_TRANSPOSES = (Tensor.T.__get__, Tensor.t, torch.t)  # pyright: ignore[reportAttributeAccessIssue]
+_PRODUCTS = (Tensor.matmul, Tensor.__matmul__, torch.matmul)
+_SUMS = (Tensor.add, Tensor.__add__, torch.add)
 
 
 class Path:
@@ -129,10 +122,29 @@ class DensePath(Path):
                 a, b = (g, x) if is_transposed else (x, g)
                 self.engine.record_dense(weight, a, b, self.name)
             if bias is not None:
-                by_sample = self.engine.by_sample(g, self.name)
-                self.engine.record_rows(bias, _sum_positions(by_sample, self.engine.compute_dtype), self.name)
+                self._record_bias(bias, g)
 
         return recorded(self, y, record, kept)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Run the layer without its bias; ``x``: ``[B, ..., d]``."""
+        weight = self.place(self.module.weight)
+        y = functional.linear(x, self.module.weight.detach())
+        if weight is None:
+            return y
+        return recorded(
+            self, y, lambda g, x: self.engine.record_dense(weight, x, g, self.name), x.to(y.dtype)
+        )
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """Add the bias alone; ``y``: ``[B, ..., p]``."""
+        bias = self.place(self.module.bias)
+        y = y + self.module.bias.detach()
+        return y if bias is None else recorded(self, y, lambda g: self._record_bias(bias, g))
+
+    def _record_bias(self, bias: TrainableParameter, g: Tensor) -> None:
+        by_sample = self.engine.by_sample(g, self.name)
+        self.engine.record_rows(bias, _sum_positions(by_sample, self.engine.compute_dtype), self.name)
 
 
 class EmbeddingPath(Path):
@@ -170,6 +182,10 @@ class _InterceptedCall(TorchFunctionMode):
             and self._is_layers_own_call(args, kwargs)
         ):
             return self.path.run(args[0] if args else kwargs["input"])
+        if func is Tensor.__getitem__ and args[0] is self.path.module.weight:
+            ids = _looked_up(args[0].shape[0], args[1], args[0].device)
+            if ids is not None and self.function is functional.embedding:
+                return self.path.run(ids)
         return func(*args, **kwargs)
 
     def _is_layers_own_call(self, args: Any, kwargs: Any) -> bool:
@@ -179,16 +195,45 @@ class _InterceptedCall(TorchFunctionMode):
         return given is module.bias if self.function is functional.linear else given == module.padding_idx
 
 
+def _looked_up(count: int, index: Any, device: torch.device) -> Tensor | None:
+    """Ids ``[B, T]`` or ``[1, T]`` of the rows that an index of a table picks, None for any other index."""
+    if isinstance(index, slice):
+        index = torch.arange(count, device=device)[index]
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
+        return None
+    return index[None] if index.ndim == 1 else index
+
+
+class _InterceptedProduct(_InterceptedCall):
+    """Run a linear layer's own call, or its ``x @ weight.T`` and ``+ bias``, through the layer's path."""
+
+    def __init__(self, path: "DensePath") -> None:
+        super().__init__(path, functional.linear)
+        self._dense = path
+        self._transposed: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        weight, bias = self.path.module.weight, self.path.module.bias
+        if func in _TRANSPOSES and args[0] is weight:
+            self._transposed.append(func(*args, **(kwargs or {})))
+            return self._transposed[-1]
+        if func in _PRODUCTS and not kwargs and any(args[1] is known for known in self._transposed):
+            return self._dense.multiply(args[0])
+        if func in _SUMS and not kwargs and bias is not None and args[1] is bias:
+            return self._dense.add_bias(args[0])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 class SubclassPath(Path):
     """A subclass of a known layer with a forward of its own, which calls the known one somewhere inside.
 
-    For example scaled embeddings and position tables with an offset. A weight that it uses in any other way
-    gets an ordinary gradient, which the engine refuses.
+    For example scaled embeddings, position tables with an offset, Falcon's linear layers. A weight that it
+    uses in any other way gets an ordinary gradient, which the engine refuses.
     """
 
-    def __init__(self, inner: Path, function: Any) -> None:
+    def __init__(self, inner: Path) -> None:
         super().__init__(inner.engine, inner.name, inner.module)
-        self._inner, self._function = inner, function
+        self._inner = inner
 
     def row_places(self) -> list[TrainableParameter]:
         """Those of the known layer."""
@@ -196,7 +241,9 @@ class SubclassPath(Path):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the subclass' own forward."""
-        with _InterceptedCall(self._inner, self._function):
+        inner = self._inner
+        is_dense = isinstance(inner, DensePath)
+        with _InterceptedProduct(inner) if is_dense else _InterceptedCall(inner, functional.embedding):
             return self._original(*args, **kwargs)
 
 
@@ -214,21 +261,44 @@ def recorded(path: Path, y: Tensor, record: Callable[..., None], *kept: Tensor) 
     Returns:
         A tensor equal to ``y``.
     """
-    return _Recorder.apply(y, path, record, len(kept), *kept, *path.parameters)
+    (y,) = recorded_all(path, [y], lambda g, *kept: record(g[0], *kept), *kept)
+    return y
+
+
+def recorded_all(
+    path: Path, outputs: Sequence[Tensor], record: Callable[..., None], *kept: Tensor
+) -> Sequence[Tensor]:
+    """Do for several outputs what :func:`recorded` does for one.
+
+    Args:
+        path: As in :func:`recorded`.
+        outputs: The layer's outputs.
+        record: Called once as ``record(grads, *kept)``; the gradient of an output that was not used is None.
+        *kept: As in :func:`recorded`.
+
+    Returns:
+        Tensors equal to ``outputs``.
+    """
+    return _Recorder.apply(path, record, len(outputs), len(kept), *outputs, *kept, *path.parameters)
 
 
 class _Recorder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, path: Path, record: Any, num_kept: int, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, path: Path, record: Any, num_outputs: int, num_kept: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.path, ctx.record = path, record
-        ctx.save_for_backward(*tensors[:num_kept])
-        ctx.num_tensors = len(tensors)
-        return y.view_as(y)
+        ctx.save_for_backward(*tensors[num_outputs : num_outputs + num_kept])
+        ctx.num_others = len(tensors) - num_outputs
+        ctx.set_materialize_grads(False)
+        # not views, which no operation in place may follow
+        return tuple(y.detach() for y in tensors[:num_outputs])
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grad_outputs
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         engine = ctx.path.engine
+        # always taken, since non-reentrant checkpointing holds what it recomputed until then
+        kept = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise PrivacyError(
                 f"layer {ctx.path.name} has no exact per-sample path through a second derivative "
@@ -236,151 +306,15 @@ class _Recorder(torch.autograd.Function):
                 "layer."
             )
         if engine.is_proving:
-            engine.refuse_coupled(g, ctx.path.name)
+            for g in grad_outputs:
+                if g is not None:
+                    engine.refuse_coupled(g, ctx.path.name)
         elif engine.is_recording:
-            ctx.record(g, *(kept.detach() for kept in ctx.saved_tensors))
+            if any(g is not None for g in grad_outputs) and not engine.has_all_of(ctx.path):
+                ctx.record(grad_outputs, *(tensor.detach() for tensor in kept))
         else:
             engine.refuse_plain_backward(ctx.path.parameters)
-        return g, *[None] * (3 + ctx.num_tensors)
-
-
-def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
-    """Choose a path for every module that owns a trainable parameter.
-
-    Args:
-        model: The model.
-        engine: Who will record.
-
-    Returns:
-        The paths, not yet attached, in the order of the modules.
-
-    Raises:
-        PrivacyError: If a module couples samples or has no exact path.
-    """
-    from securetune.privacy.per_sample.conv import conv_path
-    from securetune.privacy.per_sample.functional import FunctionalPath, PromptPath
-    from securetune.privacy.per_sample.lora import LoraPath, is_plain_lora
-    from securetune.privacy.per_sample.moe import ExpertsPath, routed_path
-    from securetune.privacy.per_sample.norms import norm_path
-
-    paths: list[Path] = []
-    covered: list[str] = []  # prefixes of modules that are handled as a whole
-    for name, module in model.named_modules():
-        _refuse_coupling(name, module)
-        if any(name == prefix or not prefix or name.startswith(f"{prefix}.") for prefix in covered):
-            continue
-        if _has_trainable_prompt(module):
-            prefix = f"{name}.prompt_encoder" if name else "prompt_encoder"
-            paths.append(PromptPath(engine, prefix, module))
-            covered.append(prefix)
-        if _is_unlike_its_class(module):
-            paths.append(FunctionalPath(engine, name, module))
-            covered.append(name)
-            continue
-        routed = routed_path(engine, name, module)
-        if routed is not None:
-            paths.append(routed)
-            if isinstance(routed, ExpertsPath) and routed.has_adapters:
-                covered.append(name)
-            continue
-        if is_plain_lora(name, module):
-            paths.append(LoraPath(engine, name, module))
-            covered += [f"{name}.lora_A", f"{name}.lora_B", f"{name}.lora_dropout"]
-            continue
-        fast_norm = None if "forward" in module.__dict__ else norm_path(engine, name, module)
-        if fast_norm is not None:
-            paths.append(fast_norm)
-            continue
-        if not Path(engine, name, module).parameters and not _is_adapter_with_parameters(module):
-            continue
-        if (isinstance(module, nn.Linear) and _has_forward_of(module, nn.Linear)) or _is_transformers_conv1d(
-            module
-        ):
-            paths.append(DensePath(engine, name, module))
-        elif isinstance(module, nn.Embedding):
-            _refuse_embedding_options(name, module)
-            path = EmbeddingPath(engine, name, module)
-            paths.append(
-                path if _has_forward_of(module, nn.Embedding) else SubclassPath(path, functional.embedding)
-            )
-        elif (spatial := conv_path(engine, name, module)) is not None:
-            paths.append(spatial)
-        elif isinstance(module, nn.Linear):
-            paths.append(SubclassPath(DensePath(engine, name, module), functional.linear))
-        else:
-            paths.append(FunctionalPath(engine, name, module))
-            covered.append(name)
-    inside = {
-        id(child) for path in paths if type(path) is FunctionalPath for child in path.module.modules()
-    } - {id(path.module) for path in paths if type(path) is FunctionalPath}
-    return [path for path in paths if id(path.module) not in inside]  # a shared one may be listed before
-
-
-def _is_unlike_its_class(module: nn.Module) -> bool:
-    """Whether a layer differs from its class: a forward of its own, or a weight computed from others."""
-    own = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
-    if is_parametrized(module):
-        return any(p.requires_grad for p in module.parameters())
-    is_known = isinstance(module, _KNOWN_LAYERS) or _is_transformers_conv1d(module)
-    return bool(own) and is_known and ("forward" in module.__dict__ or not set(own) <= {"weight", "bias"})
-
-
-def _has_trainable_prompt(module: nn.Module) -> bool:
-    from peft import PeftModel, PeftType
-
-    if not isinstance(module, PeftModel) or not module.active_peft_config.is_prompt_learning:
-        return False
-    if not any(parameter.requires_grad for parameter in module.prompt_encoder.parameters()):
-        return False
-    kind = module.active_peft_config.peft_type
-    if kind not in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
-        raise PrivacyError(
-            f"{getattr(kind, 'value', kind)} has no exact per-sample path. Use LoRA, IA3, prompt tuning or "
-            "p-tuning instead."
-        )
-    return True
-
-
-def _is_adapter_with_parameters(module: nn.Module) -> bool:
-    """Whether this is a peft layer whose trainable parameters sit in its children (DoRA, IA3, LoHa, ...)."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return isinstance(module, BaseTunerLayer) and any(p.requires_grad for p in module.parameters())
-
-
-def _has_forward_of(module: nn.Module, base: type[nn.Module]) -> bool:
-    return type(module).forward is base.forward
-
-
-def _is_transformers_conv1d(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return type(module) is Conv1D
-
-
-def _refuse_coupling(name: str, module: nn.Module) -> None:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        raise PrivacyError(
-            f"layer {name} is a {type(module).__name__}, which mixes the samples of a batch: no sample's "
-            "gradient is its own. Replace it with nn.GroupNorm or nn.LayerNorm."
-        )
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
-        raise PrivacyError(
-            f"layer {name} is a {type(module).__name__} with track_running_stats, which keeps averages of "
-            "private samples that no noise protects. Build it with track_running_stats=False."
-        )
-
-
-def _refuse_embedding_options(name: str, module: nn.Embedding) -> None:
-    if module.max_norm is not None:
-        raise PrivacyError(
-            f"layer {name} has max_norm, which changes weights in the forward pass. Set it to None."
-        )
-    if module.scale_grad_by_freq:
-        raise PrivacyError(
-            f"layer {name} has scale_grad_by_freq, which counts ids over the whole batch and so couples "
-            "samples. Set it to False."
-        )
+        return None, None, None, None, *grad_outputs, *[None] * ctx.num_others
 
 
 @torch.compiler.disable

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from securetune.errors import PrivacyError
-from securetune.privacy.per_sample.lora import LoraPath
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -18,25 +17,26 @@ if TYPE_CHECKING:
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 _PARAMETER_FACTOR = 3  # a single parameter may differ this many times more
 _FLOOR = 0.02  # parameters whose gradient is below this share of the whole are compared with that share
-_RANDOM_SCALE = 0.02  # size of the adapters' random B during the check
+_RANDOM_SCALE = 0.02  # of what is put into parameters of zeros during the check
 
 
 def check_against_autograd(
     engine: "PerSampleGradients", losses_of: Callable[[list[int]], Tensor], batch_size: int
 ) -> float:
     """Do what :meth:`PerSampleGradients.check` says."""
-    adapters = [path.layer.b for path in engine.paths if isinstance(path, LoraPath)]
-    before = [b.detach().clone() for b in adapters]
+    parameters = [place.parameter for place in engine.parameters]
+    zeros = [parameter for parameter in parameters if not parameter.detach().any()]
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
-            for b in adapters:
-                b.copy_(_RANDOM_SCALE * torch.randn(b.shape, generator=generator, dtype=torch.float32))
+            for parameter in zeros:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter.copy_(_RANDOM_SCALE * noise)
         return _compare(engine, losses_of, list(range(batch_size)))
     finally:
         with torch.no_grad():
-            for b, old in zip(adapters, before, strict=True):
-                b.copy_(old)
+            for parameter in zeros:
+                parameter.zero_()
 
 
 def _compare(

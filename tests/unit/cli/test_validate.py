@@ -131,3 +131,57 @@ def test_missing_data_file(run_cli, write_run, tmp_path):
 def test_overrides_are_applied(run_cli, write_run):
     outcome = run_cli("validate", write_run(), "--skip-lengths", "--set", "data.held_out_fraction=0.5")
     assert "about 50 for training and 50 held out" in outcome.out
+
+
+def test_users_are_counted_and_split(run_cli, write_run):
+    rows = [{**row, "author": number // 5} for number, row in enumerate(ROWS)]
+    changes = {"privacy__unit": "user", "privacy__max_records_per_user": 4, "data__user_field": "author"}
+    changes |= {"privacy__sample_rate": 0.5}
+    outcome = run_cli("validate", write_run(rows, **changes), "--skip-lengths")
+    assert outcome.code == 0, outcome.err
+    assert "users     20, with 5 to 5 records (median 5); 20 have more than the 4 of a step" in outcome.out
+    assert "split     about 16 users for training and 4 held out" in outcome.out
+    missing = run_cli("validate", write_run(**changes), "--skip-lengths")
+    assert missing.code == 2
+    assert "column 'author' missing" in missing.err
+
+
+STOPPING = {"training__early_stopping__method": "public_validation", "training__early_stopping__every": 2}
+
+
+class TestPublicValidation:
+    def check(self, run_cli, write_run, tmp_path, rows, *options, **changes):
+        content = "\n".join(json.dumps(row) for row in rows)
+        (tmp_path / "public.jsonl").write_text(content, encoding="utf-8")
+        public = {"data__public_validation": {"path": "public.jsonl"}}
+        return run_cli("validate", write_run(**(public | STOPPING | changes)), *options)
+
+    def test_is_counted_and_measured_like_the_private_records(self, run_cli, write_run, tmp_path):
+        rows = [{"text": f"a public text {i}", "label": "negative"} for i in range(7)]
+        outcome = self.check(run_cli, write_run, tmp_path, rows)
+        assert outcome.code == 0, outcome.err
+        assert "public    7 validation records read, none of them private too" in outcome.out
+        assert "public    median " in outcome.out
+
+    def test_a_record_that_is_private_too_is_refused(self, run_cli, write_run, tmp_path):
+        rows = [{"text": "a public text", "label": "negative"}, {**ROWS[3], "label": "positive"}]
+        outcome = self.check(run_cli, write_run, tmp_path, rows, "--skip-lengths")
+        assert outcome.code == 2
+        assert "data.public_validation: 1 of its 2 records are private records too" in outcome.err
+
+    def test_a_bad_row_is_refused(self, run_cli, write_run, tmp_path):
+        outcome = self.check(run_cli, write_run, tmp_path, [{"text": "", "label": "negative"}])
+        assert outcome.code == 2
+        assert "record 1 (line 1): text is empty" in outcome.err
+
+    def test_a_file_that_is_not_there_is_named_with_its_option(self, run_cli, write_run):
+        changes = {"data__public_validation": {"path": "nowhere.jsonl"}, **STOPPING}
+        outcome = run_cli("validate", write_run(**changes), "--skip-lengths")
+        assert outcome.code == 2
+        assert "data.public_validation.path: there is no file 'nowhere.jsonl'" in outcome.err
+
+    def test_records_that_are_all_too_long_are_refused(self, run_cli, write_run, tmp_path):
+        rows = [{"text": "long " * 500, "label": "negative"}]
+        outcome = self.check(run_cli, write_run, tmp_path, rows, data__on_overlong="drop")
+        assert outcome.code == 2
+        assert "data.public_validation: all 1 records are longer than data.max_length (128)" in outcome.err

@@ -96,7 +96,7 @@ def test_problem_names_the_line():
         ("privacy.steps", 1.5, "must be a whole number, got 1.5."),
         ("privacy.steps", True, "must be a whole number, got true."),
         ("privacy.enabled", "yes", "must be true or false, got 'yes'."),
-        ("privacy.unit", "example", "must be 'record', got 'example'."),
+        ("privacy.unit", "example", "must be 'record' or 'user', got 'example'."),
         ("task", "clasify", "'classify' or 'generate', got 'clasify'. Did you mean 'classify'?"),
         ("model", None, "must be a section with options, got nothing (null)."),
         ("model.name", 3, "must be text, got 3."),

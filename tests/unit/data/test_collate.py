@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -57,3 +59,18 @@ def test_buckets_group_similar_lengths_with_the_longest_first():
 def test_a_budget_of_zero_is_refused():
     with pytest.raises(ValueError, match="max_tokens must be > 0, got 0"):
         length_buckets([], 0)
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 60), st.sampled_from("abcde")), max_size=40),
+    max_tokens=st.integers(1, 400),
+)
+def test_a_users_examples_stay_in_one_bucket(rows, max_tokens):
+    examples = [dataclasses.replace(example(length), user_id=user) for length, user in rows]
+    buckets = length_buckets(examples, max_tokens, by_user=True)
+    assert sorted(index for bucket in buckets for index in bucket) == list(range(len(rows)))
+    owners = [{rows[index][1] for index in bucket} for bucket in buckets]
+    assert sum(map(len, owners)) == len(set().union(*owners))
+    for bucket, users in zip(buckets, owners, strict=True):
+        longest = max(rows[index][0] for index in bucket)
+        assert len(users) == 1 or len(bucket) * longest <= max_tokens

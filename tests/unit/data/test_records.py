@@ -43,3 +43,13 @@ def test_a_repr_shows_no_text():
 def test_half_a_surrogate_pair_is_refused():
     with pytest.raises(DataError, match="surrogate"):
         Record.labelled("a\ud800", 0)
+
+
+def test_records_of_two_users_differ_and_each_users_share_a_side():
+    record = Record.labelled("a", 0)
+    ann, bob = record.of_user("ann"), record.of_user("bob")
+    assert len({record.unit_id, ann.unit_id, bob.unit_id}) == 3
+    assert ann.text_id == bob.text_id == record.text_id
+    assert ann.split_id == Record.labelled("b", 1).of_user("ann").split_id == ann.user_id != bob.split_id
+    assert "ann" not in (ann.user_id or "")
+    assert ann == Record.labelled("a", 0).of_user("ann")

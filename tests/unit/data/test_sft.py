@@ -57,6 +57,14 @@ def test_other_columns_and_empty_ones_are_left_out():
     assert learnt(row)[0] == "b<|im_end|>"
 
 
+@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs", "images"])
+def test_column_that_would_be_rendered_is_refused_not_dropped(column):
+    row = {"messages": [USER, ASSISTANT], column: {"enable_thinking": False}}
+    with pytest.raises(DataError, match=f"row 1 holds {column}"):
+        encode_sft([row], tiny_tokenizer(), max_length=50)
+    assert learnt({**row, column: None})[0] == "yo<|im_end|>"  # as parquet fills up
+
+
 @pytest.mark.parametrize(
     "row",
     [

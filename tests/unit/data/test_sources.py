@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from securetune.data.records import Message
+from securetune.data.records import Message, Record
 from securetune.data.sources import load_records
 from securetune.errors import ConfigError, DataError
 
@@ -237,3 +237,38 @@ def test_a_record_without_completion_is_refused(tmp_path):
 def test_two_shapes_in_one_file_are_refused(tmp_path):
     config = jsonl(tmp_path, {"messages": [], "prompt": SECRET, "completion": "b"})
     assert "holds both messages and prompt" in refused(config, "generate")
+
+
+USERS = [{"text": "a", "label": "no", "who": "ann"}, {"text": "a", "label": "no", "who": 7}]
+
+
+def test_the_users_of_records_load_from_jsonl_csv_and_parquet_alike(tmp_path, caplog):
+    records = load_records(jsonl(tmp_path, *USERS), "classify", user_field="who")
+    plain = Record.labelled("a", 0)
+    assert records == [plain.of_user("ann"), plain.of_user("7")]
+    assert "not used" not in caplog.text
+    (tmp_path / "d.csv").write_text("text,label,who\na,no,ann\na,no,7\n")
+    assert load_records(options(tmp_path / "d.csv"), "classify", user_field="who") == records
+    table = pa.Table.from_pylist([{**row, "who": str(row["who"])} for row in USERS])
+    pq.write_table(table, tmp_path / "d.parquet")
+    assert load_records(options(tmp_path / "d.parquet"), "classify", user_field="who") == records
+    chat = {"messages": [{"role": "assistant", "content": "b"}], "who": 3}
+    (record,) = load_records(jsonl(tmp_path, chat), "generate", user_field="who")
+    assert record.user_id == plain.of_user("3").user_id
+
+
+def test_a_row_without_the_user_column_is_named_with_the_remedy(tmp_path):
+    config = jsonl(tmp_path, USERS[0], {"text": "b", "label": "no"})
+    with pytest.raises(DataError) as caught:
+        load_records(config, "classify", user_field="who")
+    assert "line 2: column 'who' missing, which data.user_field names as the user of" in str(caught.value)
+    assert "Columns found: 'text', 'label'. Add it to every row, or correct the option." in str(caught.value)
+
+
+@pytest.mark.parametrize("who", [None, "", " ", True, 1.5, ["ann"]])
+def test_a_record_without_a_user_is_named_with_the_remedy(tmp_path, who):
+    config = jsonl(tmp_path, USERS[0], {**USERS[0], "who": who})
+    with pytest.raises(DataError) as caught:
+        load_records(config, "classify", user_field="who")
+    assert "record 2 (line 2): who must name the record's user by text or a whole number" in str(caught.value)
+    assert "give each record without a known user a name of its own" in str(caught.value)

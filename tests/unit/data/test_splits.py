@@ -126,3 +126,11 @@ def test_a_fraction_out_of_range_is_refused(fraction):
 def test_a_short_key_is_refused():
     with pytest.raises(ValueError, match="at least 16 bytes, got 3"):
         coin_flip(many(3), key=b"key")
+
+
+def test_the_same_text_of_two_users_is_kept_and_whole_users_are_held_out():
+    records = [Record.labelled(f"t{n}", 0).of_user(f"user{u}") for u in range(60) for n in range(3)]
+    kept = deduplicate_exact([*records, records[0]])
+    assert (kept.records, kept.num_removed) == (records, 1)
+    split = split_held_out(records, fraction=0.3, key=bytes(16))
+    assert not {record.user_id for record in split.train} & {record.user_id for record in split.held_out}

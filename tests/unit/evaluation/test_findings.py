@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from securetune.evaluation.findings import compare, find_members, summarise
+from securetune.evaluation.memorisation import memorisation_gap
 from securetune.evaluation.results import AttackRecord, ModelEvaluation
 from securetune.evaluation.statistics import Estimate, clopper_pearson, paired_difference
 from securetune.evidence import Evidence, Interval
@@ -161,3 +162,29 @@ def test_held_out_loss_that_is_not_finite_is_invalid():
     item = find(summarise(model), "heldout_loss")
     assert (item.value, item.status) == (None, "invalid")
     assert "1 of 3 texts" in item.method
+
+
+def test_the_memorisation_gap_stands_beside_membership_with_its_interval():
+    measured = evaluation("hardened")
+    item = find(summarise(measured), "memorisation_gap")
+    expected = memorisation_gap(measured.member_losses or [], measured.losses or [])
+    assert (item.value, item.interval, item.n) == (expected.value, expected.interval, 2000)
+    assert item.status == "pass"
+    assert item.private_statistic
+    assert "minus that of texts trained on" in item.method
+
+
+def test_a_memorisation_gap_of_a_split_that_is_not_random_is_invalid():
+    blind = Estimate(0.7, Interval(low=0.6, high=0.8))
+    assert find(summarise(evaluation(), blind=blind), "memorisation_gap").status == "invalid"
+    broken = dataclasses.replace(evaluation(), member_losses=[None, 1.0])
+    item = find(summarise(broken), "memorisation_gap")
+    assert (item.value, item.status, item.n) == (None, "invalid", 1002)
+
+
+def test_texts_that_are_left_out_are_no_non_members():
+    whole = evaluation()
+    fewer = dataclasses.replace(whole, left_out=[0, 3])
+    losses = whole.losses or []
+    assert fewer.non_member_losses == [losses[1], losses[2], *losses[4:]]
+    assert find(summarise(fewer), "membership_auc").n == 1998

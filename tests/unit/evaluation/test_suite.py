@@ -153,6 +153,7 @@ def test_generating_model_reports_loss_and_membership():
         "heldout_loss",
         "membership_auc",
         "membership_tpr_at_1pct_fpr",
+        "memorisation_gap",
     ]
     (difference,) = compare(results[1], results[0])
     assert difference.metric == "heldout_loss_difference"

@@ -285,6 +285,15 @@ def test_plan_holds_what_a_plan_prints():
     assert plan.accountant.startswith("dp-accounting ")
 
 
+def test_plan_of_a_tiny_epsilon_is_not_refused_for_the_grid_of_the_pld():
+    spec = PrivacySpec(
+        target_epsilon=0.005, delta=1e-5, sample_rate=0.01, steps=30, max_grad_norm=1.0, expected_batch_size=8
+    )
+    plan = plan_privacy(spec)
+    assert plan.rdp_epsilon is not None
+    assert plan.rdp_epsilon < plan.epsilon <= 0.005
+
+
 def test_plan_refuses_contradicting_accountants(monkeypatch):
     monkeypatch.setattr(accounting, "rdp_epsilon", lambda phases, delta: 1.0)
     spec = PrivacySpec(

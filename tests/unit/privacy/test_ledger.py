@@ -230,6 +230,25 @@ def test_second_process_is_refused(path):
     assert "another run is writing to the ledger" in message
 
 
+@pytest.mark.parametrize("how", ["shortened", "removed", "replaced", "written to"])
+def test_file_that_changed_while_it_was_open_is_refused(path, how):
+    with Ledger(path, make_header()) as ledger:
+        ledger.charge()
+        ledger.charge()
+        first, *steps = path.read_bytes().splitlines(keepends=True)
+        if how in ("removed", "replaced"):
+            path.unlink()
+        if how in ("shortened", "replaced"):  # an older copy put back, which knows of one step
+            path.write_bytes(first + steps[0])
+        if how == "written to":  # by a writer whose file system knows no locks
+            path.write_bytes(first + b"".join(steps) + steps[0])
+        for charge in (ledger.charge, lambda: ledger.charge_release(0.1)):
+            with pytest.raises(PrivacyError, match="2 steps are charged"):
+                charge()
+        assert ledger.steps_charged == 2
+        assert path.exists() == (how != "removed")
+
+
 def test_closed_ledger_charges_nothing(path):
     ledger = Ledger(path, make_header())
     ledger.close()

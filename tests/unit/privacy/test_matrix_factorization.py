@@ -257,7 +257,7 @@ def open_ledger(tmp_path):
             delta=1e-5,
             expected_batch_size=8,
             planned_steps=2,
-            **sampling,
+            **{"sampler": "fixed order", **sampling},
         )
         return Ledger(tmp_path / "ledger.jsonl", header)
 
@@ -292,7 +292,7 @@ def test_a_resumed_run_pays_for_another_mechanism(open_ledger):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"sample_rate": 0.1}, r"counts steps of Poisson sampling at sample_rate=0\.1"),
+        ({"sample_rate": 0.1, "sampler": "Poisson"}, r"counts steps of Poisson sampling at sample_rate=0\.1"),
         (
             {
                 "sampler": "fixed size",

@@ -183,6 +183,13 @@ def test_no_value_repeats_across_steps_streams_and_keys():
     assert np.abs(correlation).max() < 5 / math.sqrt(1000)
 
 
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_noise():
+    arguments = {"step": 3, "stream": 2, "start": 5, "count": 10_000, "stddev": 0.5}
+    found = NoiseSource(KEY).normal(**arguments, device="cuda")
+    torch.testing.assert_close(found.cpu(), draw(**arguments), rtol=0, atol=2e-6)
+
+
 def test_new_sources_have_different_keys():
     first, second = (NoiseSource().normal(step=0, count=64, stddev=1.0) for _ in range(2))
     assert not torch.equal(first, second)

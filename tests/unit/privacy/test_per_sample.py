@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
-from transformers import GPT2Config, Qwen2Config
+from transformers import GPT2Config, MixtralConfig, Qwen2Config
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample import PerSampleGradients
@@ -317,6 +317,44 @@ class TestSelfCheck:
         monkeypatch.setattr(LoraPath, "record", lambda self, x, h, g, low: record(self, x, h, g, -7 * low))
         with pytest.raises(PrivacyError, match="differs from ordinary autograd"):
             engine.check(self.losses_of(model, torch.randint(0, VOCAB, (2, 6))), 2)
+        assert torch.equal(engine.flat_params.detach(), before)
+
+    @pytest.mark.parametrize(
+        ("config", "starts_at_zero_gradient"),
+        [
+            (LoraConfig(r=3, target_modules=["q_proj"], use_dora=True), "lora_A"),
+            (LoHaConfig(r=3, target_modules=["q_proj"]), "hada_w1"),
+            (LoKrConfig(r=3, target_modules=["q_proj"]), "lokr_w2"),
+            (LoraConfig(r=3, target_modules=[], target_parameters=["experts.down_proj"]), "lora_A"),
+        ],
+        ids=["dora", "loha", "lokr", "experts"],
+    )
+    def test_finds_a_wrong_gradient_in_fresh_adapters_of_any_kind(
+        self, monkeypatch, config, starts_at_zero_gradient
+    ):
+        base = bases()["llama"]
+        if config.peft_type == "LORA" and config.target_parameters:
+            mixtral = MixtralConfig(
+                vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, bos_token_id=0,
+                eos_token_id=1,
+            )  # fmt: skip
+            mixtral._experts_implementation = "eager"
+            base = tiny_model(mixtral, dtype=torch.float64)
+        base.requires_grad_(False)
+        model = get_peft_model(base, config, autocast_adapter_dtype=False).double().eval()
+        engine = PerSampleGradients(model)
+        before = engine.flat_params.detach().clone()
+        losses_of = self.losses_of(model, torch.randint(0, VOCAB, (2, 6)))
+        engine.check(losses_of, 2)
+        record = engine.record_rows
+
+        def wrong(place, grads, name):
+            record(place, -7 * grads if starts_at_zero_gradient in place.name else grads, name)
+
+        monkeypatch.setattr(engine, "record_rows", wrong)
+        with pytest.raises(PrivacyError, match="differs from ordinary autograd"):
+            engine.check(losses_of, 2)
         assert torch.equal(engine.flat_params.detach(), before)
 
     def test_finds_one_small_wrong_matrix(self):

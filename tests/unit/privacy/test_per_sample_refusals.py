@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -148,18 +149,79 @@ class TestModules:
 
         refused(using(Row(), use), randn(4, 4, 6), "differs from that in the batch|Mismatch")
 
-    def test_recurrent_layer(self):
-        refused_at = using(nn.GRU(6, 3, batch_first=True), lambda layer, x: layer(x)[0])
-        engine = PerSampleGradients(refused_at)
-        assert engine.num_params
-        with pytest.raises(PrivacyError, match=r"GRU.* returns a tuple"):
-            refused_at(randn(4, 5, 6))
+    def test_last_state_of_a_recurrent_layer(self):
+        model = using(nn.GRU(6, 3, batch_first=True), lambda layer, x: layer(x)[1][-1])
+        refused(model, randn(4, 5, 6), "saw 1 rows where the batch has 4 samples")
 
-    def test_attention_of_torch(self):
-        model = using(nn.MultiheadAttention(6, 2, batch_first=True), lambda layer, x: layer(x, x, x)[0])
+    def test_attention_of_torch_that_is_not_batch_first(self):
+        def use(layer, x):
+            x = x.transpose(0, 1)
+            return layer(x, x, x)[0].transpose(0, 1)
+
+        refused(using(nn.MultiheadAttention(6, 2), use), randn(4, 5, 6), "saw 5 rows|can't be run")
+
+    @pytest.mark.parametrize("batch", [1, 4])
+    def test_output_without_a_batch_dimension(self, batch):
+        class Balanced(SharedMask):
+            def forward(self, x):
+                y = x * self.weight
+                return y, y.square().mean()
+
+        def losses(model, x):
+            y, balance = model.layer(x)
+            return y.flatten(1).sum(dim=1) + balance
+
+        model = using(Balanced(), lambda layer, x: layer(x))
+        refused(model, randn(batch, 5, 6), "no batch dimension", losses)
+        unused = using(Balanced(), lambda layer, x: layer(x)[0])
+        truth = one_by_one(copy.deepcopy(unused), randn(batch, 5, 6))
+        found = PerSampleGradients(unused).backward(square_losses(unused, randn(batch, 5, 6))).materialize()
+        assert relative_error(found, truth) < 1e-12
+
+    def test_output_that_hides_its_tensors(self):
+        class Box:
+            def __init__(self, y) -> None:
+                self.y = y
+
+        class Boxed(SharedMask):
+            def forward(self, x):
+                return x, Box(x * self.weight)
+
+        model = using(Boxed(), lambda layer, x: layer(x)[1].y)
         PerSampleGradients(model)
-        with pytest.raises(PrivacyError, match=r"MultiheadAttention.* returns a tuple"):
+        with pytest.raises(PrivacyError, match=r"Boxed.* returns a Box"):
             model(randn(4, 5, 6))
+
+    def test_random_operation_that_is_no_ordinary_dropout(self):
+        class Own(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(6))
+
+            def forward(self, x):
+                return self.scale * x * torch.empty_like(x).bernoulli_(0.9)
+
+        refused(using(Own(), lambda layer, x: layer(x)), randn(4, 5, 6), "random operation")
+
+    @pytest.mark.parametrize("vectorises", [True, False])
+    def test_random_operation_where_samples_run_one_after_another(self, vectorises):
+        class Own(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(6))
+
+            def forward(self, x):
+                if not vectorises and x.sum() > 1e9:
+                    return x
+                return functional.feature_alpha_dropout(self.scale * x, 0.1, training=True)
+
+        refused(using(Own(), lambda layer, x: layer(x)), randn(4, 5, 6), "random operation")
+
+    def test_adapter_of_the_attention_of_torch(self):
+        model = using(nn.MultiheadAttention(6, 2, batch_first=True), lambda layer, x: layer(x, x, x)[0])
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["layer"]))
+        with pytest.raises(PrivacyError, match=r"layer base_model.model.layer is an adapter of nn.Multihead"):
+            PerSampleGradients(model)
 
     def test_part_of_the_attention_of_torch(self):
         model = using(nn.MultiheadAttention(6, 2, batch_first=True), lambda layer, x: layer(x, x, x)[0])

@@ -212,6 +212,17 @@ def test_trap_31_optimizer_must_own_the_trainable_parameters_and_nothing_else(wh
         step.finish()
 
 
+def test_trap_31_parameter_unfrozen_later_is_refused_whoever_owns_it():
+    model = small_model(tied=True)
+    model.places.requires_grad_(False)
+    engine = PerSampleGradients(model)
+    engine.backward(small_losses(model, some_ids()))
+    model.places.requires_grad_(True)  # for an optimizer of its own, say
+    with pytest.raises(PrivacyError, match=r"places\.weight was unfrozen"):
+        engine.backward(small_losses(model, some_ids()))
+    assert model.places.weight.grad is None
+
+
 def test_trap_32_frozen_parameters_do_not_move_under_weight_decay_and_noise():
     model = small_model(tied=True, dtype=torch.float32)
     model.places.requires_grad_(False)

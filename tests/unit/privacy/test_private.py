@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from securetune.errors import PrivacyError
+from securetune.errors import CheckpointError, PrivacyError
 from securetune.privacy.accounting import epsilon_spent, plan_privacy
 from securetune.privacy.adaptive_clipping import AdaptiveClipping
-from securetune.privacy.clipping import PerLayerClipping
+from securetune.privacy.clipping import NormalizedClipping, PerLayerClipping
 from securetune.privacy.ledger import read_ledger
 from securetune.privacy.noise import NoiseSource
 from securetune.privacy.private import make_private
@@ -103,8 +103,9 @@ def test_without_clipping_and_noise_it_is_the_plain_loop(tmp_path, make_optimize
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 100])
-def test_step_is_the_clipped_sum_over_the_sample_for_any_micro_batch_size(tmp_path, micro_batch_size):
+def test_step_is_the_clipped_sum_over_the_sample_for_any_micro_batch_size(tmp_path, micro_batch_size, passes):
     model, data, clip = tiny_net(), records(), 0.3
     drawn = PoissonSampler(N, 0.5, KEY).draw(0)
     expected = [torch.zeros_like(p) for p in model.parameters()]
@@ -118,7 +119,7 @@ def test_step_is_the_clipped_sum_over_the_sample_for_any_micro_batch_size(tmp_pa
     before = [p.detach().clone() for p in model.parameters()]
     private = private_run(
         tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0), steps=1, max_grad_norm=clip,
-        sample_rate=None, sampler=PoissonSampler(N, 0.5, KEY), noise=NoNoise(),
+        sample_rate=None, sampler=PoissonSampler(N, 0.5, KEY), noise=NoNoise(), passes=passes,
     )  # fmt: skip
     train(private, model, micro_batch_size=micro_batch_size)
     for old, new, total in zip(before, model.parameters(), expected, strict=True):
@@ -187,7 +188,45 @@ def test_killed_run_goes_on_with_the_steps_that_are_left(tmp_path):
 
 def test_checkpoint_that_the_ledger_has_not_paid_for_is_refused(tmp_path):
     with pytest.raises(PrivacyError, match="lost or shortened"):
-        private_run(tmp_path).load_state_dict({"steps_charged": 2, "clipping": {}})
+        private_run(tmp_path).load_state_dict(
+            {"steps_charged": 2, "writers": [], "clipping_mode": "flat", "clipping": {}}
+        )
+
+
+def test_checkpoint_of_another_kind_of_clipping_is_refused(tmp_path):
+    private = private_run(tmp_path, max_grad_norm=NormalizedClipping(1.0))
+    state = private.state_dict()
+    private.close()
+    with pytest.raises(CheckpointError, match="with normalized clipping, this one has flat"):
+        private_run(tmp_path, max_grad_norm=1.0).load_state_dict(state)  # same sensitivity, so same ledger
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path):
+    """Its steps would be missing, although this ledger holds as many of its own."""
+    states = []
+    for _ in range(2):
+        (tmp_path / "ledger.jsonl").unlink(missing_ok=True)  # lost, and the run is started again
+        model = tiny_net()
+        private = private_run(tmp_path, model)
+        for batches in private.steps(micro_batch_size=4):
+            for batch in batches:
+                private.backward(losses_of(model, batch))
+            private.step()
+            states.append(json.loads(json.dumps(private.state_dict())))
+            break
+        private.close()
+    resumed = private_run(tmp_path, model)
+    with pytest.raises(PrivacyError, match="ledger of another run"):
+        resumed.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+
+
+@pytest.mark.parametrize("noise", [None, NoiseSource(KEY)], ids=["secret", "fixed for a test"])
+def test_dropout_masks_do_not_follow_from_a_known_seed(tmp_path, noise):
+    private = private_run(tmp_path, noise=noise)
+    torch.manual_seed(7)
+    next(private.steps(micro_batch_size=4))
+    assert (torch.initial_seed() == 7) == (noise is not None)
 
 
 def test_stopping_early_charges_the_whole_plan(tmp_path):
@@ -240,6 +279,23 @@ def test_each_step_takes_a_sample_of_its_own(tmp_path):
         private.step()
     assert drawn == [sampler.draw(step) for step in range(3)]
     assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("unit", ["record", "user"])
+def test_two_runs_with_one_sampler_share_no_sample(tmp_path, unit):
+    sampler, drawn = PoissonSampler(N, 0.5, KEY), []
+    for run in range(2):
+        given = sampler
+        if unit == "user":
+            given = UserSampler([str(index) for index in range(N)], sampler, max_records_per_user=1)
+        private = private_run(tmp_path, data=list(range(N)), sampler=given, ledger=tmp_path / f"{run}.jsonl")
+        for batches in private.steps(micro_batch_size=N, collate_fn=list):
+            drawn.append(next(batches, []))
+            private.backward(
+                private.grads.model(torch.ones(len(drawn[-1]), D, dtype=torch.float64)).sum(dim=1)
+            )
+            private.step()
+    assert drawn == [sampler.draw(step) for step in range(6)]
 
 
 def test_truncated_sampling_and_other_clippings_reach_the_ledger(tmp_path):
@@ -295,6 +351,30 @@ def test_micro_batch_left_out_is_refused(tmp_path):
     assert private.ledger.steps_charged == 0
 
 
+def out_of_memory(losses, unit_ids):
+    raise RuntimeError("out of memory")
+
+
+def test_micro_batch_whose_backward_fails_is_not_left_out(tmp_path, monkeypatch):
+    """Loops catch errors such as a lack of memory and go on; whether one comes depends on the records."""
+    model = tiny_net()
+    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
+    batches = next(private.steps(micro_batch_size=4))
+    batch = next(batches)
+    losses = losses_of(model, batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(private.grads, "backward", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            private.backward(losses)
+    with pytest.raises(PrivacyError, match="leave records out"):
+        next(batches)
+    with pytest.raises(PrivacyError, match="leave records out"):
+        private.step()
+    with pytest.raises(PrivacyError, match="leave records out"):  # part of it may be in the sum
+        private.backward(losses_of(model, batch))
+    assert private.ledger.steps_charged == 0
+
+
 def test_step_that_is_not_finished_is_refused(tmp_path):
     steps = private_run(tmp_path).steps(micro_batch_size=4)
     next(steps)
@@ -328,6 +408,40 @@ def test_check_finds_a_divisor_counted_over_the_batch(tmp_path):
         private.check(lambda rows: losses_of(model, collate(rows)) / len(rows), examples)
 
 
+class Averaging(nn.Module):
+    """Keeps a running mean of its inputs, as normalisation layers of some libraries do."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.linear = how, nn.Linear(D, K).double()
+        self.register_buffer("mean", torch.zeros(D, dtype=torch.float64), persistent=how != "not saved")
+
+    def forward(self, x):
+        if self.training and self.how == "assigned":
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(dim=0)
+        elif self.training:
+            self.mean.lerp_(x.detach().mean(dim=0), 0.1)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("how", ["in place", "assigned"])
+def test_trap_30_statistics_of_private_records_in_a_buffer_are_refused(tmp_path, how):
+    model = nn.Sequential(Averaging(how))
+    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
+    with pytest.raises(PrivacyError, match=r"buffer 0\.mean changed"):
+        train(private, model)
+    assert private.ledger.steps_charged == 0
+
+
+@pytest.mark.parametrize("how", ["in place", "not saved"])
+def test_buffers_that_stay_or_are_not_saved_are_allowed(tmp_path, how):
+    model = nn.Sequential(Averaging(how)).train(how == "not saved")
+    private = private_run(tmp_path, model)
+    model.load_state_dict(model.state_dict())  # of a checkpoint: between two steps a buffer may change
+    train(private, model)
+    assert private.ledger.steps_charged == 3
+
+
 def test_public_gradient_is_added_without_noise_or_clipping(tmp_path):
     model = tiny_net()
     public = (torch.randn(2, D, dtype=torch.float64) * 50, torch.tensor([0, 1]))
@@ -359,7 +473,12 @@ def test_refused_arguments_leave_the_model_as_it_was(tmp_path):
     [
         ({"sample_rate": None}, "either sample_rate or sampler"),
         ({"epochs": 2}, "either steps or epochs"),
+        ({"delta": 0.1}, "one over the planned number of records, expected_batch_size / sample_rate = 12"),
         ({"sampler": PoissonSampler(N + 1, 0.5)}, "draws from 13 records, but 12"),
+        (
+            {"sampler": UserSampler("ABCDEF", PoissonSampler(6, 0.5), max_records_per_user=1)},
+            "draws from 6 records, but 12",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, options, message):

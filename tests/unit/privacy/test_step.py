@@ -14,7 +14,9 @@ from torch import nn
 from securetune.errors import PrivacyError
 from securetune.privacy.clipping import FlatClipping
 from securetune.privacy.ledger import Ledger, LedgerHeader, read_ledger
+from securetune.privacy.matrix_factorization import CorrelatedNoise, MatrixMechanism, WholeRunCharge
 from securetune.privacy.noise import NoiseSource
+from securetune.privacy.participation import Participation
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.step import OrdinaryStep, PrivateStep
 
@@ -59,13 +61,17 @@ class Uncharged:
     """Stands in for a ledger where nothing is released for good."""
 
     def __init__(self, noise_multiplier: float) -> None:
-        self.state = SimpleNamespace(header=SimpleNamespace(noise_multiplier=noise_multiplier))
+        self.state = SimpleNamespace(
+            header=SimpleNamespace(noise_multiplier=noise_multiplier, reportable_epsilon=False)
+        )
 
     def charge(self) -> None:
         pass
 
 
-def private(grads, ledger, *, optimizer=None, noise_multiplier=SIGMA, max_grad_norm=CLIP) -> PrivateStep:
+def private(
+    grads, ledger, *, optimizer=None, noise_multiplier=SIGMA, max_grad_norm=CLIP, noise=None
+) -> PrivateStep:
     ledger = ledger or Uncharged(noise_multiplier)
     return PrivateStep(
         grads,
@@ -73,7 +79,7 @@ def private(grads, ledger, *, optimizer=None, noise_multiplier=SIGMA, max_grad_n
         clipping=FlatClipping(max_grad_norm),
         noise_multiplier=noise_multiplier,
         expected_batch_size=DIVISOR,
-        noise=NoiseSource(),
+        noise=noise or NoiseSource(),
         ledger=ledger,
     )
 
@@ -304,3 +310,80 @@ class TestUnits:
 def test_negative_noise_multiplier_is_refused(ledger):
     with pytest.raises(PrivacyError, match=r"noise_multiplier must be >= 0, got -1\.0"):
         private(make_grads(), ledger, noise_multiplier=-1.0)
+
+
+# what is charged is what is drawn
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A private step of 20 steps with the given noise and kind of charge, its ledger, and its mechanism."""
+    mechanism = MatrixMechanism(
+        participation=Participation(steps=20, max_participations=20, min_separation=1), bands=4
+    )
+    opened = []
+
+    def make(noise, *, whole_run, reportable=True):
+        header = LedgerHeader(
+            accountant="test",
+            noise_multiplier=SIGMA,
+            sample_rate=1.0 if whole_run else 0.1,
+            max_grad_norm=CLIP,
+            delta=1e-5,
+            expected_batch_size=DIVISOR,
+            planned_steps=1 if whole_run else 20,
+            reportable_epsilon=reportable,
+            sampler="fixed order" if whole_run else "Poisson",
+        )
+        ledger = Ledger(tmp_path / f"{len(opened)}.jsonl", header)
+        opened.append(ledger)
+        return private(make_grads(), WholeRunCharge(ledger, mechanism) if whole_run else ledger, noise=noise)
+
+    yield make, mechanism
+    for ledger in opened:
+        ledger.close()
+
+
+def test_independent_noise_is_not_charged_as_one_mechanism(made):
+    make, _ = made
+    with pytest.raises(PrivacyError, match="noise is independent at each step, but the ledger charges for"):
+        make(NoiseSource(), whole_run=True)
+
+
+def test_correlated_noise_is_not_charged_as_sampled_steps(made):
+    make, mechanism = made
+    with pytest.raises(PrivacyError, match="ledger charges for independent at each step"):
+        make(CorrelatedNoise(mechanism), whole_run=False)
+
+
+def test_correlated_noise_of_another_mechanism_is_refused(made):
+    make, mechanism = made
+    other = MatrixMechanism(participation=mechanism.participation, bands=1)
+    with pytest.raises(PrivacyError, match="bands=1"):
+        make(CorrelatedNoise(other), whole_run=True)
+    make(CorrelatedNoise(mechanism), whole_run=True).finish()
+
+
+def test_noise_with_a_fixed_key_is_refused_where_epsilon_is_reported(made):
+    make, mechanism = made
+    for noise, whole_run in ((NoiseSource(bytes(32)), False), (CorrelatedNoise(mechanism, bytes(32)), True)):
+        with pytest.raises(PrivacyError, match="fixed key"):
+            make(noise, whole_run=whole_run)
+        make(noise, whole_run=whole_run, reportable=False)
+
+
+@pytest.mark.parametrize("whole_run", [False, True])
+def test_trap_17_noise_of_one_run_is_refused_for_another(made, whole_run):
+    make, mechanism = made
+    noise = CorrelatedNoise(mechanism) if whole_run else NoiseSource()
+    make(noise, whole_run=whole_run).finish()  # step 0 may repeat, for its shards
+    with pytest.raises(PrivacyError, match="belongs to another run"):
+        make(noise, whole_run=whole_run)
+
+
+def test_new_noise_needs_a_new_charge(made):
+    make, mechanism = made
+    step = make(CorrelatedNoise(mechanism), whole_run=True)
+    step.finish()
+    with pytest.raises(PrivacyError, match="paid for another run"):
+        private(make_grads(), step._ledger, noise=CorrelatedNoise(mechanism))

@@ -149,3 +149,18 @@ def test_a_sampler_of_another_number_of_users_is_refused():
 def test_a_cap_below_one_is_refused():
     with pytest.raises(ValueError, match="max_records_per_user must be >= 1, got 0"):
         UserSampler(["a"], PoissonSampler(1, 0.5), max_records_per_user=0)
+
+
+def test_places_of_a_public_number_may_be_empty():
+    sampler = UserSampler(["a", "b", "b"], FixedSizeSampler(10, 10), max_records_per_user=5)
+    assert [record.position for record in sampler.draw(0)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="draws from 10 users, but user_ids has 2"):
+        UserSampler(["a", "b", "b"], PoissonSampler(10, 0.5), max_records_per_user=5)
+    with pytest.raises(ValueError, match="draws from 1 users, but user_ids has 2"):
+        UserSampler(["a", "b", "b"], FixedSizeSampler(1, 1), max_records_per_user=5)
+
+
+def test_the_cap_is_in_the_statement():
+    assert unit_statement("user", max_records_per_unit=4).startswith(
+        "one user, with up to 4 records in a step"
+    )

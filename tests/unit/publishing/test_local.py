@@ -202,6 +202,7 @@ def test_a_report_of_an_earlier_seal_is_refused(run):
         (sample_ledger(steps=14), "steps_charged: 14 in the ledger, 15 in the report"),
         (sample_ledger(noise_multiplier=0.3), "noise_multiplier: 0.3 in the ledger"),
         (sample_ledger(sample_rate=0.5), "sample_rate: 0.5 in the ledger"),
+        (sample_ledger(clipping="normalized"), "clipping: normalized: .* in the ledger, flat: "),
         (sample_ledger(delta=1e-3), "delta: 0.001 in the ledger"),
         (sample_ledger(releases=()), "release_epsilon: 0.0 in the ledger, 1.0 in the report"),
         (sample_ledger(releases=(1.0, 1.0)), "release_epsilon: 2.0 in the ledger"),

@@ -227,3 +227,32 @@ def test_the_privacy_statement_is_complete():
 def test_a_run_without_privacy_says_so():
     text = Page(render_html(REPORTS["bare"]())).text
     assert "This run used no differential privacy." in text
+
+
+def test_correlated_noise_is_told_in_mechanisms_not_in_steps():
+    report = sample_report()
+    privacy = report.privacy.model_copy(update={"sampler": "fixed order", "noise": "matrix factorization"})
+    text = Page(render_html(report.model_copy(update={"privacy": privacy}))).text
+    assert "mechanisms charged" in text
+    assert "The noise of all steps is one mechanism, which is paid for as a whole" in text
+    assert "Each training step costs" not in text
+
+
+def test_users_are_named_where_they_are_the_unit():
+    report = sample_report()
+    data = report.data.model_copy(update={"unit": "user", "training_users": 70, "held_out_users": 30})
+    text = Page(render_html(report.model_copy(update={"data": data}))).text
+    assert "Whether the records of any one user were trained on" in text
+    assert "one user is protected" in text
+    assert "of 70 and 30 users" in text
+    public = Page(render_html(shareable(report.model_copy(update={"data": data})))).text
+    assert "of 70 and 30 users" not in public
+
+
+def test_the_memorisation_gap_stands_with_the_membership_attack():
+    report = sample_report()
+    gap = make_evidence("memorisation_gap", "hardened", 0.02, 0.05, 2000)
+    text = Page(render_html(report.model_copy(update={"evidence": [*report.evidence, gap]}))).text
+    assert (
+        "Memorisation gap, the mean loss on held-out texts minus that on training texts: +0.020 nats" in text
+    )

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load
 
 from securetune.config.loader import load_recipe
+from securetune.errors import PrivacyError
 from securetune.models.base import load_base
 from securetune.privacy.accounting import epsilon_spent
+from securetune.privacy.adaptive_clipping import AdaptiveClipping
 from securetune.privacy.ledger import read_ledger
 from securetune.training import finetune
 from securetune.training.access import prepare_access
@@ -16,6 +18,7 @@ from securetune.training.folder import RunFolder
 from securetune.training.plan import make_plan
 from securetune.training.prepare import prepare_data
 from tests.sample_run import RECIPE, STEPS, make_workshop, write_recipe
+from tests.tiny import tiny_tokenizer
 
 NOISY = {"method": "noisy_test", "epsilon": 2.0, "every": 1, "patience": 2, "num_texts": 30}
 
@@ -190,3 +193,103 @@ def test_training_without_early_stopping_is_as_it_was(workshop, monkeypatch):
     assert run.steps == [1, 2, 3, 4, 5]
     assert run.ledger.release_epsilons == (4.0,)
     assert not any("validation_score" in line for line in run.run.read_metrics())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "relation"),
+    [
+        ({"sampling": "truncated_poisson", "max_batch_size": 60}, "zero out one"),
+        ({"sampling": "fixed_size", "sample_rate": 48 / 400}, "replace one"),
+    ],
+)
+def test_samplers_with_a_public_number_of_places(workshop, monkeypatch, sampling, relation):
+    privacy = {**RECIPE["privacy"], "num_units": 400, **sampling}
+    name = sampling["sampling"]
+    run = Run(workshop, monkeypatch, name, stopping={"method": "none"}, privacy=privacy, publish={})
+    run.go()
+    header = run.ledger.header
+    assert (header.num_records, header.neighbouring_relation) == (400, relation)
+    assert run.ledger.epsilon() <= 8.0
+    drawn = [line["num_samples"] for line in run.run.read_metrics()]
+    assert max(drawn) <= header.max_batch_size
+
+
+def test_a_resumed_run_goes_on_with_the_thresholds_it_had_learned(workshop, monkeypatch):
+    privacy = {**RECIPE["privacy"], "clipping": {"mode": "adaptive"}}
+    run = Run(workshop, monkeypatch, "adaptive", stopping={"method": "none"}, privacy=privacy, publish={})
+    loaded = []
+    load_state = AdaptiveClipping.load_state_dict
+
+    def noting(clipping, state):
+        loaded.append(state["thresholds"])
+        load_state(clipping, state)
+
+    with pytest.raises(Killed):
+        run.go(kill_after=2)
+    monkeypatch.setattr(AdaptiveClipping, "load_state_dict", noting)
+    run.go()
+    (thresholds,) = loaded
+    assert thresholds["all"] != 1.0
+    assert run.steps == [1, 2, 3, 4, 5]
+    assert run.ledger.header.clipping == "adaptive"
+    assert run.ledger.epsilon() <= 8.0
+    assert all(0 <= line["clipped_fraction"] <= 1 for line in run.run.read_metrics())
+
+
+FACTORED = {
+    **RECIPE["privacy"],
+    "noise": "matrix_factorization",
+    "sampling": "fixed_order",
+    "sample_rate": 0.2,
+    "noise_bands": 3,
+}
+
+
+def test_a_run_with_correlated_noise_is_charged_once(workshop, monkeypatch):
+    run = Run(workshop, monkeypatch, "factored", stopping={"method": "none"}, privacy=FACTORED, publish={})
+    run.go()
+    run.go(subject="plain")
+    assert run.steps == [1, 2, 3, 4, 5]
+    header = run.ledger.header
+    assert (run.ledger.steps_charged, header.planned_steps, header.sampler) == (1, 1, "fixed order")
+    assert run.ledger.epsilon() == pytest.approx(run.plan.privacy.epsilon)
+    assert run.ledger.epsilon() <= 8.0
+    drawn = [line["num_samples"] for line in run.run.read_metrics() if line["stage"] == "hardened"]
+    assert sum(drawn) == len(set(drawn_records(run)))  # in one epoch of five batches each record once
+    said = run.plan.to_dict()["privacy"]
+    assert (said["steps"], said["charges"]) == (STEPS, 1)
+    assert "correlated over 3 of the 5 steps" in said["noise_statement"]
+
+
+def drawn_records(run):
+    with RunFolder.open(run.recipe, resume=True) as folder:
+        return [example.unit_id for example in prepare_data(run.recipe, folder, tiny_tokenizer()).train]
+
+
+def test_a_killed_run_with_correlated_noise_goes_on_in_a_planned_mechanism(workshop, monkeypatch):
+    privacy = {**FACTORED, "planned_resumptions": 1}
+    run = Run(workshop, monkeypatch, "resumed", stopping={"method": "none"}, privacy=privacy, publish={})
+    with pytest.raises(Killed):
+        run.go(kill_after=2)
+    one = read_ledger(run.recipe.run_folder / "ledger.jsonl").epsilon()
+    run.go()
+    assert run.steps == [1, 2, 3, 4, 5]
+    assert run.ledger.steps_charged == 2
+    assert run.ledger.epsilon() == pytest.approx(run.plan.privacy.epsilon)
+    assert one < run.ledger.epsilon()
+
+
+def test_a_killed_run_with_no_planned_resumption_is_refused_with_the_remedy(workshop, monkeypatch):
+    run = Run(workshop, monkeypatch, "unplanned", stopping={"method": "none"}, privacy=FACTORED, publish={})
+    with pytest.raises(Killed):
+        run.go(kill_after=2)
+    with pytest.raises(PrivacyError, match=r"privacy\.planned_resumptions = 0 of them are paid for"):
+        run.go()
+
+
+def test_correlated_noise_that_stops_early_charges_no_resumption(workshop, monkeypatch):
+    privacy = {**FACTORED, "planned_resumptions": 1}
+    run = Run(workshop, monkeypatch, "early", privacy=privacy)
+    run.go([0.5, 0.4, 0.3])
+    assert run.steps == [1, 2, 3]
+    assert run.ledger.steps_charged == 1

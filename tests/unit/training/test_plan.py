@@ -61,6 +61,34 @@ def test_printed_plan_names_unit_delta_and_bound(base):
     assert "settings tuned on the private data" in text
 
 
+def test_plan_tells_the_clipping_and_what_adaptive_thresholds_cost(base):
+    plan = plan_of(base)
+    text = printed(plan)
+    assert "flat: each record's gradient is scaled to L2 norm at most 1; sensitivity 1" in text
+    assert plan.to_dict()["privacy"]["clipping"] == {"mode": "flat"}
+    adaptive = plan_of(base, privacy__clipping={"mode": "adaptive"})
+    text = printed(adaptive)
+    assert "the threshold follows the 0.5 quantile of the records' gradient norms" in text
+    values = adaptive.to_dict()["privacy"]
+    assert values["noise_multiplier"] == plan.privacy.noise_multiplier  # what a step costs is what is charged
+    assert values["gradient_noise_multiplier"] > values["noise_multiplier"]
+    assert f"so the gradient's sigma is {values['gradient_noise_multiplier']:.4f}" in text
+
+
+def test_plan_tells_sampler_accountant_relation_and_what_is_public(base):
+    text = printed(plan_of(base))
+    assert (
+        "Poisson sampling at rate 0.032; add or remove one record; the number of records is private" in text
+    )
+    assert "dp-accounting" in text
+    fixed = plan_of(base, privacy__sampling="fixed_size", privacy__num_units=1000)
+    text = printed(fixed)
+    assert "fixed size sampling at rate 0.032, at most 32 records a step; replace one record;" in text
+    assert "N = 1,000 is public" in text
+    assert fixed.to_dict()["privacy"]["neighbouring_relation"] == "replace one record"
+    assert fixed.privacy.noise_multiplier > 1.5 * plan_of(base).privacy.noise_multiplier
+
+
 def test_plan_without_privacy_says_so(base):
     plan = plan_of(base, privacy__enabled=False)
     assert plan.privacy is None

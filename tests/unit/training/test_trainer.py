@@ -2,10 +2,12 @@ import copy
 import functools
 import json
 import math
+import re
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.nn import functional
 from transformers import (
     BertConfig,
@@ -14,6 +16,8 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
+    GPT2Config,
+    GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -323,12 +327,55 @@ def test_public_evaluation_may_stop_early_and_choose_but_all_is_paid(tmp_path):
         {"max_grad_norm": 0.0},
         {"optim": "adalomo"},
         {"enable_jit_checkpoint": True},
+        {"skip_memory_metrics": False},
+        {
+            "accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}},
+            "gradient_accumulation_steps": 1,
+        },
     ],
     ids=lambda option: next(iter(option)),
 )
 def test_option_that_breaks_the_guarantee_is_refused_by_name(tmp_path, option):
     with pytest.raises(ConfigError, match=next(iter(option))):
         trainer_for(tmp_path, args=arguments(tmp_path, **option))
+
+
+@pytest.mark.parametrize("is_frozen_before", [True, False])
+def test_parameters_that_join_the_optimizer_later_are_refused(tmp_path, is_frozen_before):
+    model = lora(tiny_llama())
+    late = model.get_base_model().lm_head.weight if is_frozen_before else nn.Parameter(torch.zeros(3))
+    before = late.detach().clone()
+
+    class Unfreeze(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **rest):
+            late.requires_grad_(True)
+            optimizer.add_param_group({"params": [late], "lr": 0.1, "weight_decay": 0.0})
+
+    with pytest.raises(PrivacyError, match="without noise"):
+        trainer_for(tmp_path, model, sample_rate=1.0, target_epsilon=50.0, callbacks=[Unfreeze()]).train()
+    assert torch.equal(late, before)
+    assert late.grad is None
+
+
+def test_run_goes_on_in_one_process_with_samples_of_its_own(tmp_path):
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
+    drawn = []
+
+    class Recording(PoissonSampler):
+        def draw(self, step):
+            drawn.append(step)
+            return super().draw(step)
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **rest):
+            if state.global_step == 2 and len(drawn) == 2:
+                raise KeyboardInterrupt
+
+    trainer = trainer_for(tmp_path, args=args, sampler=Recording(len(ROWS), 0.5), callbacks=[Kill()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert len(drawn) == len(set(drawn)) == 4
 
 
 def test_loss_scaling_of_fp16_is_refused(tmp_path):
@@ -341,6 +388,12 @@ def test_loss_scaling_of_fp16_is_refused(tmp_path):
 def test_private_evaluation_and_search_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="public_eval_dataset"):
         trainer_for(tmp_path, eval_dataset=ROWS)
+    with pytest.raises(ConfigError, match="public_eval_dataset"):
+        trainer_for(tmp_path, public_eval_dataset={"a": ROWS[:3], "b": ROWS})
+    with pytest.raises(PrivacyError, match="private records"):
+        trainer_for(tmp_path).evaluate(ROWS)
+    with pytest.raises(PrivacyError, match="private records"):
+        trainer_for(tmp_path).predict(ROWS)
     with pytest.raises(PrivacyError, match="many times"):
         trainer_for(tmp_path).hyperparameter_search()
 
@@ -354,6 +407,69 @@ def test_loss_with_a_divisor_counted_over_the_batch_is_refused(tmp_path):
     with pytest.raises(PrivacyError, match="batch-mates"):
         trainer.train()
     assert read_ledger(tmp_path / "out" / "ledger.jsonl").steps_charged == 0
+
+
+def padded_mean(outputs, labels, num_items_in_batch=None):
+    """A mean over the padded length, which is that of the longest batch-mate."""
+    return functional.cross_entropy(
+        outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
+    ).mean(dim=1)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_loss_that_depends_on_the_padding_is_refused(tmp_path, side):
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = side
+    trainer = trainer_for(
+        tmp_path, compute_loss_func=padded_mean, sample_rate=1.0, target_epsilon=50.0,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )  # fmt: skip
+    with pytest.raises(PrivacyError, match="batch-mates") as caught:
+        trainer.train()
+    assert not re.search(r"\d", str(caught.value))  # errors are logged, and losses are private
+    assert read_ledger(tmp_path / "out" / "ledger.jsonl").steps_charged == 0
+
+
+def test_padding_to_a_public_length_may_enter_the_loss(tmp_path):
+    collator = DataCollatorForSeq2Seq(tiny_tokenizer(), padding="max_length", max_length=80)
+    trainer = trainer_for(
+        tmp_path, compute_loss_func=padded_mean, sample_rate=1.0, target_epsilon=50.0, data_collator=collator
+    )
+    assert trainer.train().global_step == 2
+
+
+def tiny_gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=128, resid_pdrop=0.0,
+                   embd_pdrop=0.0, attn_pdrop=0.0)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("multiple", [None, 16])
+def test_absolute_positions_that_padding_moves_are_refused(tmp_path, multiple):
+    tokenizer = tiny_tokenizer()
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple)
+        trainer = trainer_for(
+            tmp_path, tiny_gpt2(), sample_rate=1.0, target_epsilon=50.0, data_collator=collator,
+            ledger=tmp_path / f"{side}.jsonl",
+        )  # fmt: skip
+        if side == "right":
+            trainer.train()
+            continue
+        with pytest.raises(PrivacyError, match="batch-mates"):
+            trainer.train()
+
+
+def test_records_of_one_length_do_not_end_the_search_for_coupling(tmp_path):
+    rows = [ROWS[0], ROWS[0], ROWS[0], ROWS[2]]
+    trainer = trainer_for(
+        tmp_path, train_dataset=rows, compute_loss_func=padded_mean, sample_rate=1.0, target_epsilon=50.0
+    )
+    with pytest.raises(PrivacyError, match="batch-mates"):
+        trainer.train()
 
 
 def test_own_loss_function_for_each_record_is_used(tmp_path):
@@ -384,7 +500,8 @@ def test_collator_for_language_modelling_trains_on_all_tokens(tmp_path):
     torch.testing.assert_close(before - flat(model), expected / 4, rtol=1e-5, atol=1e-9)
 
 
-def test_classifier_in_full_with_padding_collator(tmp_path):
+@pytest.mark.parametrize(("passes", "checkpointing"), [(1, False), (2, False), (2, True)])
+def test_classifier_in_full_with_padding_collator(tmp_path, passes, checkpointing):
     torch.manual_seed(0)
     model = BertForSequenceClassification(
         BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -392,8 +509,9 @@ def test_classifier_in_full_with_padding_collator(tmp_path):
     )  # fmt: skip
     rows = [{"input_ids": row["input_ids"], "labels": index % 2} for index, row in enumerate(ROWS)]
     args = arguments(
-        tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.1
-    )
+        tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
+        max_grad_norm=0.1, gradient_checkpointing=checkpointing,
+    )  # fmt: skip
     expected, before = torch.zeros_like(flat(model)), flat(model)
     for row in rows:
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits
@@ -404,7 +522,7 @@ def test_classifier_in_full_with_padding_collator(tmp_path):
         expected += grad * min(1.0, 0.1 / float(grad.norm()))
     trainer_for(
         tmp_path, model, args, train_dataset=rows, sample_rate=1.0, target_epsilon=50.0, noise=NoNoise(),
-        data_collator=DataCollatorWithPadding(tiny_tokenizer()),
+        data_collator=DataCollatorWithPadding(tiny_tokenizer()), passes=passes,
     ).train()  # fmt: skip
     torch.testing.assert_close(before - flat(model), expected / 4, rtol=2e-3, atol=1e-6)
 

@@ -1,0 +1,91 @@
+"""What draws the records of each step, as a recipe asks for it, with new secret keys."""
+
+from collections.abc import Sequence
+
+from securetune.config.schema import Recipe
+from securetune.config.size import require_places
+from securetune.privacy.participation import EpochOrderSampler
+from securetune.privacy.sampling import (
+    FixedSizeSampler,
+    PoissonSampler,
+    Sampler,
+    TruncatedPoissonSampler,
+)
+from securetune.privacy.units import UserSampler
+
+UnitSampler = Sampler | UserSampler | EpochOrderSampler
+
+
+def make_unit_sampler(recipe: Recipe, user_ids: Sequence[str | None], *, steps_done: int = 0) -> UnitSampler:
+    """Make what draws the records of each step: one by one, user by user, or in a fixed order.
+
+    Args:
+        recipe: The recipe.
+        user_ids: The user of each training record, in their order; read where users are the unit only.
+        steps_done: Steps of the run that are behind it.
+
+    Returns:
+        The sampler, with new secret keys; it draws from step 0 on, also for a run that is resumed.
+
+    Raises:
+        DataError: If there are more units than places.
+    """
+    privacy = recipe.privacy
+    if privacy.sampling == "fixed_order":
+        left = max(1, privacy.steps - steps_done)
+        return EpochOrderSampler(len(user_ids), round(1 / privacy.sample_rate), steps=left)
+    if privacy.unit == "record":
+        return make_sampler(recipe, len(user_ids))
+    return UserSampler(
+        [user or "" for user in user_ids],
+        make_sampler(recipe, len(set(user_ids))),
+        max_records_per_user=most_records_of_a_user(recipe),
+    )
+
+
+def planned_sampler(recipe: Recipe) -> Sampler | UserSampler:
+    """Make the recipe's sampler of a single unit, to plan with: how many there are is in no public number.
+
+    Args:
+        recipe: The recipe, whose batches are not in a fixed order.
+
+    Returns:
+        The sampler.
+    """
+    sampler = make_unit_sampler(recipe, ["somebody"])
+    assert not isinstance(sampler, EpochOrderSampler)
+    return sampler
+
+
+def most_records_of_a_user(recipe: Recipe) -> int:
+    """Return the public cap of records of one user in one step."""
+    most = recipe.privacy.max_records_per_user
+    assert most is not None, "a rule of the recipe"
+    return most
+
+
+def make_sampler(recipe: Recipe, num_units: int) -> Sampler:
+    """Make the recipe's sampler of units.
+
+    Where the accounting makes the number of units public, the sampler draws places instead, of which there
+    are ``privacy.num_units``: positions from ``num_units`` on are empty places, without gradient. So adding
+    or removing a unit is filling or emptying one place, and the true number stays private.
+
+    Args:
+        recipe: The recipe.
+        num_units: Units (records, or users) there are to train on.
+
+    Returns:
+        The sampler.
+
+    Raises:
+        DataError: If there are more units than places.
+    """
+    privacy = recipe.privacy
+    if privacy.num_units is None:
+        return PoissonSampler(num_units, privacy.sample_rate)
+    require_places(recipe, num_units)
+    if privacy.sampling == "fixed_size":
+        return FixedSizeSampler(privacy.num_units, privacy.expected_batch_size)
+    assert privacy.max_batch_size is not None
+    return TruncatedPoissonSampler(privacy.num_units, privacy.sample_rate, privacy.max_batch_size)
