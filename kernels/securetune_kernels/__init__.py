@@ -11,11 +11,13 @@ from .gaussian_noise import gaussian_noise
 from .linear_grad_norms import LinearGradNorms, linear_grad_norms
 from .lora_per_sample_grads import Adapter, lora_per_sample_grads
 from .noisy_step import ParameterTable, noisy_adamw_step, noisy_sgd_step
+from .per_sample_sums import Normalized, per_sample_sums
 from .pgd_step import pgd_step
 
 __all__ = [
     "Adapter",
     "LinearGradNorms",
+    "Normalized",
     "ParameterTable",
     "Segments",
     "clip_and_accumulate",
@@ -26,6 +28,7 @@ __all__ = [
     "lora_per_sample_grads",
     "noisy_adamw_step",
     "noisy_sgd_step",
+    "per_sample_sums",
     "pgd_step",
     "tied_cross_products",
 ]

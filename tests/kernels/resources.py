@@ -33,6 +33,7 @@ LINEAR_NORMS = "securetune_kernels.linear_grad_norms.triton_kernels"
 LINEAR_SUM = "securetune_kernels.clipped_linear_grad.triton_kernels"
 LORA = "securetune_kernels.lora_per_sample_grads.triton_kernels"
 EMBEDDING = "securetune_kernels.embedding_grad_norms.triton_kernels"
+SUMS = "securetune_kernels.per_sample_sums.triton_kernels"
 # How products on tensor cores are spelled in each chip's assembly, the best first: tiles of fewer than 64
 # rows run on the instructions of older chips.
 TENSOR_CORE_WORDS = {
@@ -103,6 +104,7 @@ def variants() -> Iterator[Variant]:
     yield from _linear_variants()
     yield from _lora_variants()
     yield from _embedding_variants()
+    yield from _sums_variants()
 
 
 def _noise_variants() -> Iterator[Variant]:
@@ -290,6 +292,23 @@ def _embedding_variants() -> Iterator[Variant]:
         {"partials_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "out_ptr": "*fp32"},
         {"num_per_unit": "i32", "num_blocks": "i32"}, {"HAS_SEGMENTS": True, "BLOCK": op.BLOCK_PARTIALS}, 4,
     )  # fmt: skip
+
+
+def _sums_variants() -> Iterator[Variant]:
+    op = importlib.import_module(SUMS)
+    strides = ("g_unit_stride", "g_token_stride", "x_unit_stride", "x_token_stride", "out_unit_stride")
+    sizes = ("num_blocks", "num_tokens", "num_features", "inverse_unit_stride", "mean_unit_stride")
+    for dtype, is_norm in (("bf16", False), ("bf16", True), ("fp32", True)):
+        yield Variant(
+            SUMS, "_token_sums_of_units_kernel", f"{dtype}, {'norm' if is_norm else 'bias'}",
+            {"g_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "inverse_ptr": "*fp32", "mean_ptr": "*fp32",
+             "cu_seqlens_ptr": "*i32", "out_ptr": "*fp32"},
+            dict.fromkeys((*sizes, *strides), "i32"),
+            {"g_stride": 1, "x_stride": 1, "inverse_stride": 1, "mean_stride": 1, "out_stride": 1,
+             "IS_NORM": is_norm, "HAS_MEAN": is_norm, "HAS_SEGMENTS": True, "ACCUMULATE": False,
+             "BLOCK_T": op.BLOCK_T, "BLOCK_F": op.BLOCK_FEATURES},
+            op.NUM_WARPS, aligned_numbers=("num_features", *strides),
+        )  # fmt: skip
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -348,8 +348,11 @@ class PerSampleGradients:
             *places: Parameters whose gradients are written together.
 
         Returns:
-            ``[B, *shape]`` of each parameter, and whether to add to what is there: the module ran before.
+            ``[B, *shape]`` of each parameter, and whether to add to what is there: the module ran before. In
+            the second pass, which wants factors only, memory that nobody reads.
         """
+        if self._is_second:
+            return [self._buffer.new_empty(self._rows, *place.parameter.shape) for place in places], False
         is_added = any(place.index in self._written for place in places)
         rows = [self.row_slice(place).unflatten(1, place.parameter.shape) for place in places]
         for place, own in zip(places, rows, strict=True):
