@@ -28,8 +28,8 @@ NORM_FEATURES = 128
 NORM_WARPS = 4
 # Tensor cores add up 16 products at a time and may round each sum toward zero (Fasi et al. 2021,
 # https://doi.org/10.7717/peerj-cs.330), so a long sum comes out short: one unit in the last place for each
-# such addition. Float32 products are added one by one and rounded to nearest, where the root of their number is
-# what to expect. The larger of both is stated.
+# such addition. Float32 products are added one by one and rounded to nearest: expect the root of their
+# number. The larger of both is stated.
 PRODUCTS_PER_ADDITION = 16
 
 
