@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import logging
 import os
+from importlib import metadata
 from typing import Literal, get_args
 
 import torch
@@ -62,6 +63,36 @@ def resolve_backend(
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the device of ``tensor`` current: Triton launches there, wherever its arguments are."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def why_products_cannot_compile(tensor: Tensor) -> str | None:
+    """Say why Triton cannot compile an op whose matrix products are used at once, or return None.
+
+    Before 3.8 its compiler fails on such products in half precision for chips of compute capability 10.
+
+    Args:
+        tensor: Any factor of the products.
+
+    Returns:
+        The reason.
+    """
+    if not tensor.is_cuda or tensor.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if torch.version.hip or torch.cuda.get_device_capability(tensor.device)[0] != 10:
+        return None
+    version = _triton_version()
+    if version is None or version >= (3, 8):
+        return None
+    return f"triton {version[0]}.{version[1]} cannot compile it for this chip, triton 3.8 can"
+
+
+@functools.cache
+def _triton_version() -> tuple[int, int] | None:
+    try:
+        major, minor = metadata.version("triton").split(".")[:2]
+    except metadata.PackageNotFoundError:
+        return None
+    return int(major), int(minor)
 
 
 def _why_triton_cannot_run(tensor: Tensor) -> str | None:

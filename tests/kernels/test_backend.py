@@ -64,3 +64,28 @@ def test_choice_is_logged_once_per_op(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "some_op on cpu tensors runs on the torch backend."
     ]
+
+
+class OnABlackwell:
+    """Looks like a tensor on a chip of compute capability 10."""
+
+    is_cuda, device = True, "cuda:0"
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype", "capability", "fails"),
+    [
+        ((3, 7), torch.bfloat16, (10, 0), True),
+        ((3, 8), torch.bfloat16, (10, 0), False),
+        ((3, 7), torch.float32, (10, 0), False),
+        ((3, 7), torch.bfloat16, (9, 0), False),
+    ],
+)
+def test_products_that_a_compiler_cannot_make_fall_back(monkeypatch, version, dtype, capability, fails):
+    monkeypatch.setattr(_backend, "_triton_version", lambda: version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    reason = _backend.why_products_cannot_compile(OnABlackwell(dtype))
+    assert reason == ("triton 3.7 cannot compile it for this chip, triton 3.8 can" if fails else None)

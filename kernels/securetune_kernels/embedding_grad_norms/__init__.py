@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._backend import Backend, resolve_backend
+from .._backend import Backend, resolve_backend, why_products_cannot_compile
 from .._linear import Segments, is_in_float64
 from .._linear.inputs import FACTOR_DTYPES, segments_of
 from .reference import embedding_grad_norms_reference, tied_cross_products_reference
@@ -111,7 +111,8 @@ def tied_cross_products(
     if 0 in (a.numel(), g.numel(), lookup_g.numel()):
         dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
         return torch.zeros(len(a), device=a.device, dtype=dtype)
-    if resolve_backend(backend, a, op="tied_cross_products", unsupported=is_in_float64(a)) == "torch":
+    unsupported = is_in_float64(a) or why_products_cannot_compile(a)
+    if resolve_backend(backend, a, op="tied_cross_products", unsupported=unsupported) == "torch":
         return tied_cross_products_torch(a, g, ids.long(), lookup_g)
     from .triton_kernels import tied_cross_products_triton  # triton is optional: imported on first use
 

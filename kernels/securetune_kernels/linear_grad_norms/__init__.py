@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._backend import Backend, resolve_backend
+from .._backend import Backend, resolve_backend, why_products_cannot_compile
 from .._linear import Segments, check_layer_factors, is_in_float64
 from .reference import LinearGradNorms, linear_grad_norms_reference
 from .torch_path import linear_grad_norms_torch
@@ -56,7 +56,8 @@ def linear_grad_norms(
         num_units = a.shape[0] if segments is None else segments.num_units
         zeros = torch.zeros(num_units, device=a.device, dtype=dtype)
         return LinearGradNorms(zeros, zeros.clone(), 0.0)
-    chosen = resolve_backend(backend, a, op="linear_grad_norms", unsupported=is_in_float64(a))
+    unsupported = is_in_float64(a) or why_products_cannot_compile(a)
+    chosen = resolve_backend(backend, a, op="linear_grad_norms", unsupported=unsupported)
     if chosen == "torch":
         return linear_grad_norms_torch(a, g, segments=segments)
     from .triton_kernels import linear_grad_norms_triton  # triton is optional: imported on first use

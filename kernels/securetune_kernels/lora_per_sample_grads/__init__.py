@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._backend import Backend, resolve_backend
+from .._backend import Backend, resolve_backend, why_products_cannot_compile
 from .._linear import Segments, is_in_float64
 from .._linear.inputs import FACTOR_DTYPES, segments_of
 from .reference import Adapter, lora_per_sample_grads_reference
@@ -68,6 +68,7 @@ def lora_per_sample_grads(
         return
     options = {"scaling": scaling, "segments": segments, "accumulate": accumulate}
     unsupported = is_in_float64(*first)
+    unsupported = unsupported or why_products_cannot_compile(first.x)
     chosen = resolve_backend(backend, first.x, op="lora_per_sample_grads", unsupported=unsupported)
     if chosen == "torch" or 0 in (first.x.numel(), first.h.numel(), first.g.numel()):
         lora_per_sample_grads_torch(adapters, squared_norms=squared_norms, **options)
