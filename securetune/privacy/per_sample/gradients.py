@@ -367,11 +367,6 @@ def _slack(lengths: Tensor) -> Tensor:
     return _GRAM_SLACK_ULPS * torch.finfo(lengths.dtype).eps * lengths.square()
 
 
-def flat_size(parameters: Sequence[TrainableParameter]) -> int:
-    """Number of entries of all parameters together."""
-    return parameters[-1].stop if parameters else 0
-
-
 def as_3d(x: Tensor) -> Tensor:
     """View ``[B, ..., d]`` as ``[B, T, d]``."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
