@@ -11,7 +11,7 @@ Dimensions: ``B`` samples, ``U`` privacy units, ``G`` clipping groups, ``T`` pos
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -370,3 +370,10 @@ def _slack(lengths: Tensor) -> Tensor:
 def as_3d(x: Tensor) -> Tensor:
     """View ``[B, ..., d]`` as ``[B, T, d]``."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def index_units(unit_ids: Sequence[Hashable], device: torch.device) -> Tensor | None:
+    """Number the units from 0 in order of appearance; None where every sample is its own unit."""
+    numbers: dict[Hashable, int] = {}
+    index = [numbers.setdefault(unit, len(numbers)) for unit in unit_ids]
+    return torch.tensor(index, device=device) if len(numbers) < len(index) else None
