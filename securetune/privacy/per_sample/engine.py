@@ -20,7 +20,7 @@ from securetune.privacy.per_sample.choice import find_paths
 from securetune.privacy.per_sample.gradients import (
     BatchGradients,
     TrainableParameter,
-    _Uses,
+    Uses,
     as_3d,
     index_units,
 )
@@ -83,7 +83,7 @@ class PerSampleGradients:
         self._proven: set[tuple[bool, float]] = set()
         self._rows = 0
         self._written: set[int] = set()
-        self._factored: dict[int, _Uses] = {}
+        self._factored: dict[int, Uses] = {}
         self._number = 0  # of the running backward
         self._taker: Taker | None = None  # of the running pass
         self._is_second = False  # whether the rows are written, and factors are all that is wanted
@@ -175,7 +175,7 @@ class PerSampleGradients:
         """Measure in a first pass, and hand out how to run the second."""
         number = self._number
 
-        def run_again(taker: Taker | None) -> dict[int, _Uses]:
+        def run_again(taker: Taker | None) -> dict[int, Uses]:
             if number != self._number:
                 raise PrivacyError(
                     "these gradients are of an earlier backward. With passes=2 accumulate them before the "
@@ -324,13 +324,13 @@ class PerSampleGradients:
             columns.copy_(grads)
             self._written.add(place.index)
 
-    def _uses(self, place: TrainableParameter, name: str) -> _Uses:
+    def _uses(self, place: TrainableParameter, name: str) -> Uses:
         if place.index in self._row_columns:
             raise PrivacyError(
                 f"{place.name} is shared by layers of different kinds, and layer {name} has no path that "
                 "covers both. Untie it, or freeze it (requires_grad_(False))."
             )
-        return self._factored.setdefault(place.index, _Uses())
+        return self._factored.setdefault(place.index, Uses())
 
     def has_all_of(self, path: Path) -> bool:
         """Whether nothing of a path is wanted any more: the second pass, and it writes rows only."""

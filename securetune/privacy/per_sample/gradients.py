@@ -47,7 +47,7 @@ class TrainableParameter:
 
 
 @dataclass
-class _Uses:
+class Uses:
     """How one factored parameter was used: all its gradients add up."""
 
     dense: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a [B, T, d], g [B, T, p]
@@ -90,7 +90,7 @@ class BatchGradients:
         parameters: Sequence[TrainableParameter],
         rows: Tensor,
         row_columns: dict[int, tuple[int, int]],
-        factored: dict[int, _Uses],
+        factored: dict[int, Uses],
         unit_index: Tensor | None,
     ) -> None:
         self._parameters = parameters
@@ -163,7 +163,7 @@ class BatchGradients:
             for index, uses in self._factored.items():
                 place = self._parameters[index]
                 keep, weights = kept[groups[index]], by_row[:, groups[index]]
-                _accumulate_factored(uses, keep, weights, out[place.start : place.stop])
+                accumulate_factored(uses, keep, weights, out[place.start : place.stop])
 
     def materialize(self) -> Tensor:
         """Write every sample's gradient out, for checks and tests: ``B * P`` numbers.
@@ -181,7 +181,7 @@ class BatchGradients:
                 weights = rows.new_zeros(self.num_samples).index_fill_(0, keep, 1.0)
                 for index, uses in self._factored.items():
                     place = self._parameters[index]
-                    _accumulate_factored(uses, keep, weights, rows[sample, place.start : place.stop])
+                    accumulate_factored(uses, keep, weights, rows[sample, place.start : place.stop])
         return rows
 
     def _sum_by_unit(self, rows: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ class BatchGradients:
             joined.append(padded.flatten(1, 2))
         return joined
 
-    def _factored_norms(self, uses: _Uses) -> Tensor:
+    def _factored_norms(self, uses: Uses) -> Tensor:
         if uses.written is not None:
             return row_squared_norms(self._sum_by_unit(uses.written))
         if uses.routed:
@@ -332,7 +332,7 @@ def _cross_products(a: Tensor, g: Tensor, ids: Tensor, lookup_g: Tensor) -> Tens
     return torch.linalg.vecdot(at_ids.flatten(1), torch.bmm(a, lookup_g.transpose(1, 2)).flatten(1))
 
 
-def _accumulate_factored(uses: _Uses, keep: Tensor, weights: Tensor, out: Tensor) -> None:
+def accumulate_factored(uses: Uses, keep: Tensor, weights: Tensor, out: Tensor) -> None:
     """Add a parameter's gradient, summed with ``weights [B]``, to ``out [p * d]``; ``keep``: not zero."""
     for a, g in uses.dense:
         clipped_linear_grad(*_of_one_dtype(a, g), weights, out.view(g.shape[2], a.shape[2]))

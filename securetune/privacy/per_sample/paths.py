@@ -114,7 +114,7 @@ class DensePath(Path):
         weight, bias = self.place(module.weight), self.place(module.bias)
         is_transposed = not isinstance(module, nn.Linear)  # Conv1D holds [d, p]
         matrix = module.weight.detach()
-        y = functional.linear(x, matrix.t() if is_transposed else matrix, _detached(module.bias))
+        y = functional.linear(x, matrix.t() if is_transposed else matrix, detached(module.bias))
         kept = x.to(y.dtype)  # under autocast the layer computed with this
 
         def record(g: Tensor, x: Tensor) -> None:
@@ -144,7 +144,7 @@ class DensePath(Path):
 
     def _record_bias(self, bias: TrainableParameter, g: Tensor) -> None:
         by_sample = self.engine.by_sample(g, self.name)
-        self.engine.record_rows(bias, _sum_positions(by_sample, self.engine.compute_dtype), self.name)
+        self.engine.record_rows(bias, sum_positions(by_sample, self.engine.compute_dtype), self.name)
 
 
 class EmbeddingPath(Path):
@@ -322,15 +322,16 @@ def _outside_of_the_graph(call: Callable[..., Any], *args: Any, **kwargs: Any) -
     return call(*args, **kwargs)
 
 
-def _detached(parameter: Tensor | None) -> Tensor | None:
+def detached(parameter: Tensor | None) -> Tensor | None:
+    """Detach a parameter that a layer may lack."""
     return None if parameter is None else parameter.detach()
 
 
-def _sum_positions(g: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_positions(g: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum ``[B, ..., p]`` over its positions: ``[B, p]``."""
     return g.to(dtype) if g.ndim == 2 else g.flatten(1, -2).sum(dim=1, dtype=dtype)
 
 
-def sum_rows(places: Sequence[TrainableParameter | None]) -> list[TrainableParameter]:
+def without_frozen(places: Sequence[TrainableParameter | None]) -> list[TrainableParameter]:
     """Leave out the frozen ones."""
     return [place for place in places if place is not None]
