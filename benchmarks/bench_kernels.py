@@ -27,6 +27,7 @@ OPS = (
     "linear_grad_norms",
     "clipped_linear_grad",
     "clip_and_accumulate",
+    "embedding_grad_norms",
     "pgd_step",
 )
 GPU = torch.device("cuda")

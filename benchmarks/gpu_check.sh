@@ -50,10 +50,11 @@ step() {
 
 # only files with GPU tests: others may import packages that are not here; the limits add up to 500 seconds
 mapfile -t gpu_tests < <(grep -rlE 'mark\.gpu|kernel_device' tests --include='test_*.py' | sort)
-step pytest_gpu 160 "$python" -m pytest -m gpu -q --durations=5 -o addopts="" --import-mode=importlib \
+step pytest_gpu 130 "$python" -m pytest -m gpu -q --durations=5 -o addopts="" --import-mode=importlib \
     -p no:cacheprovider --continue-on-collection-errors "${gpu_tests[@]}"
-for item in dp_lora_step:90 dp_full_step:60 noisy_step:25 gaussian_noise:25 lora_per_sample_grads:30 \
-    linear_grad_norms:30 clipped_linear_grad:30 clip_and_accumulate:35 pgd_step:30; do
+for item in dp_lora_step:80 dp_full_step:55 noisy_step:25 gaussian_noise:25 lora_per_sample_grads:30 \
+    linear_grad_norms:30 clipped_linear_grad:30 clip_and_accumulate:35 embedding_grad_norms:25 pgd_step:25 \
+    per_sample_sums:20; do
     name=${item%%:*}
     if [ -f "benchmarks/bench_$name.py" ]; then
         step "bench_$name" "${item##*:}" "$python" -m benchmarks "$name" --device cuda --json "$out/results.jsonl"

@@ -19,6 +19,7 @@ KERNEL_MODULES = (
     "securetune_kernels.linear_grad_norms.triton_kernels",
     "securetune_kernels.clipped_linear_grad.triton_kernels",
     "securetune_kernels.lora_per_sample_grads.triton_kernels",
+    "securetune_kernels.embedding_grad_norms.triton_kernels",
     "securetune_kernels._linear.triton_kernels",
 )
 

@@ -20,7 +20,7 @@ from securetune.files import fsync_folder
 _LOGGER = logging.getLogger(__name__)
 MAX_FILES = 512  # each stays open while the folder is in use
 _MAX_DEPTH = 8
-_OPEN_ATTEMPTS = 3
+_OPEN_ATTEMPTS = 10
 _BLOCK_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")  # leaves room for what the format adds
 _WINDOWS_DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
@@ -143,6 +143,12 @@ class FolderReader:
         root = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             self._open_all(root, "")
+            # a folder that was swapped away meanwhile may have been emptied before it was listed
+            here, opened = os.stat(self.path, follow_symlinks=False), os.fstat(root)
+            if (here.st_dev, here.st_ino) != (opened.st_dev, opened.st_ino):
+                raise FileNotFoundError(
+                    errno.ENOENT, "the folder was replaced while it was opened", self.path
+                )
         finally:
             os.close(root)
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from securetune.errors import CheckpointError, PrivacyError
+from securetune.errors import PrivacyError
 from securetune.privacy.accounting import PrivacyPlan, PrivacySpec, plan_privacy
 from securetune.privacy.clipping import Clipping, FlatClipping
 from securetune.privacy.ledger import Ledger, LedgerHeader
@@ -292,7 +292,6 @@ class PrivateTraining:
         return {
             "steps_charged": self.ledger.steps_charged,
             "writers": sorted(self.ledger.state.writers),
-            "clipping_mode": self.clipping.mode,
             "clipping": self.clipping.state_dict(),
         }
 
@@ -305,7 +304,7 @@ class PrivateTraining:
         Raises:
             PrivacyError: If the ledger holds fewer steps than the checkpoint had paid for, or is another
                 run's.
-            CheckpointError: If the checkpoint is of a run with another kind of clipping.
+            CheckpointError: If the state of the clipping does not fit.
         """
         if self.ledger.steps_charged < state["steps_charged"]:
             raise PrivacyError(
@@ -318,11 +317,6 @@ class PrivateTraining:
                 f"{self.ledger.path} is the ledger of another run than this checkpoint: steps that the model "
                 "was trained with are not in it, so epsilon would be too low. Give the ledger of the "
                 "checkpoint's run."
-            )
-        if state["clipping_mode"] != self.clipping.mode:
-            raise CheckpointError(
-                f"the checkpoint is of a run with {state['clipping_mode']} clipping, this one has "
-                f"{self.clipping.mode}. Resume with the clipping of the saved run."
             )
         self.clipping.load_state_dict(state["clipping"])
 

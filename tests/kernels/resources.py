@@ -32,6 +32,8 @@ LINEAR = "securetune_kernels._linear.triton_kernels"
 LINEAR_NORMS = "securetune_kernels.linear_grad_norms.triton_kernels"
 LINEAR_SUM = "securetune_kernels.clipped_linear_grad.triton_kernels"
 LORA = "securetune_kernels.lora_per_sample_grads.triton_kernels"
+EMBEDDING = "securetune_kernels.embedding_grad_norms.triton_kernels"
+SUMS = "securetune_kernels.per_sample_sums.triton_kernels"
 # How products on tensor cores are spelled in each chip's assembly, the best first: tiles of fewer than 64
 # rows run on the instructions of older chips.
 TENSOR_CORE_WORDS = {
@@ -101,6 +103,8 @@ def variants() -> Iterator[Variant]:
     yield from _pgd_variants()
     yield from _linear_variants()
     yield from _lora_variants()
+    yield from _embedding_variants()
+    yield from _sums_variants()
 
 
 def _noise_variants() -> Iterator[Variant]:
@@ -258,6 +262,52 @@ def _lora_variants() -> Iterator[Variant]:
              "IS_OUT_ALIGNED": True, "HAS_SEGMENTS": False, "HAS_NORMS": True, "ACCUMULATE": False,
              "BLOCK_WIDE": tile.rows, "BLOCK_NARROW": tile.cols, "BLOCK_T": tile.depth, "WIDEN": False},
             tile.num_warps, tile.num_stages, ("wide_size", "narrow_size", *strides),
+        )  # fmt: skip
+
+
+def _embedding_variants() -> Iterator[Variant]:
+    op = importlib.import_module(EMBEDDING)
+    strides = tuple(f"{x}_{kind}_stride" for x in ("a", "g", "lookup") for kind in ("unit", "token"))
+    sizes = ("num_positions", "num_lookups", "num_rows", "num_features", "ids_unit_stride")
+    for dtype in ("bf16", "fp32"):
+        yield Variant(
+            EMBEDDING, "_equal_tokens_kernel", f"{dtype}, {op.BLOCK_FEATURES}",
+            {"g_ptr": f"*{dtype}", "order_ptr": "*i64", "run_ends_ptr": "*i64", "partials_ptr": "*fp32"},
+            dict.fromkeys(("num_blocks", "num_per_unit", "num_features", *strides[2:4]), "i32"),
+            {"g_stride": 1, "BLOCK": op.BLOCK_FEATURES}, op.FEATURE_WARPS,
+            aligned_numbers=("num_features", *strides[2:4]),
+        )  # fmt: skip
+        tile = op.cross_tile(_torch_dtype(dtype))
+        yield Variant(
+            EMBEDDING, "_cross_kernel", f"{dtype}, {tile.rows} x {tile.cols} x {tile.depth}",
+            {"a_ptr": f"*{dtype}", "g_ptr": f"*{dtype}", "ids_ptr": "*i64", "lookup_ptr": f"*{dtype}",
+             "partials_ptr": "*fp32"},
+            dict.fromkeys((*sizes, *strides), "i32"),
+            {"a_stride": 1, "g_stride": 1, "lookup_stride": 1, "ids_stride": 1, "BLOCK_S": tile.rows,
+             "BLOCK_T": tile.cols, "BLOCK_K": tile.depth, "WIDEN": False},
+            tile.num_warps, tile.num_stages, ("num_features", *strides),
+        )  # fmt: skip
+    yield Variant(
+        EMBEDDING, "_add_up_units_kernel", f"{op.BLOCK_PARTIALS} partial sums",
+        {"partials_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "out_ptr": "*fp32"},
+        {"num_per_unit": "i32", "num_blocks": "i32"}, {"HAS_SEGMENTS": True, "BLOCK": op.BLOCK_PARTIALS}, 4,
+    )  # fmt: skip
+
+
+def _sums_variants() -> Iterator[Variant]:
+    op = importlib.import_module(SUMS)
+    strides = ("g_unit_stride", "g_token_stride", "x_unit_stride", "x_token_stride", "out_unit_stride")
+    sizes = ("num_blocks", "num_tokens", "num_features", "inverse_unit_stride", "mean_unit_stride")
+    for dtype, is_norm in (("bf16", False), ("bf16", True), ("fp32", True)):
+        yield Variant(
+            SUMS, "_token_sums_of_units_kernel", f"{dtype}, {'norm' if is_norm else 'bias'}",
+            {"g_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "inverse_ptr": "*fp32", "mean_ptr": "*fp32",
+             "cu_seqlens_ptr": "*i32", "out_ptr": "*fp32"},
+            dict.fromkeys((*sizes, *strides), "i32"),
+            {"g_stride": 1, "x_stride": 1, "inverse_stride": 1, "mean_stride": 1, "out_stride": 1,
+             "IS_NORM": is_norm, "HAS_MEAN": is_norm, "HAS_SEGMENTS": True, "ACCUMULATE": False,
+             "BLOCK_T": op.BLOCK_T, "BLOCK_F": op.BLOCK_FEATURES},
+            op.NUM_WARPS, aligned_numbers=("num_features", *strides),
         )  # fmt: skip
 
 

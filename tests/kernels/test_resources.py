@@ -18,7 +18,13 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 # flight.
 REGISTER_LIMIT = 160
 # A tile of a product keeps its sums in registers: one block of 256 threads at 255 registers fits.
-PRODUCT_KERNELS = {"_gram_kernel", "_direct_kernel", "_clipped_product_kernel", "_adapter_kernel"}
+PRODUCT_KERNELS = {
+    "_gram_kernel",
+    "_direct_kernel",
+    "_clipped_product_kernel",
+    "_adapter_kernel",
+    "_cross_kernel",
+}
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from securetune.privacy.per_sample.gradients import (
 )
 from securetune.privacy.per_sample.layout import count_owners, flatten, lay_out_rows, trainable_parameters
 from securetune.privacy.per_sample.paths import Path
-from securetune.privacy.per_sample.row_watch import RowWatch
+from securetune.privacy.per_sample.row_watch import RowWatch, not_by_sample
 from securetune.privacy.per_sample.self_check import check_against_autograd
 from securetune.privacy.per_sample.two_passes import Measuring, Taker, TwoPassGradients
 
@@ -315,7 +315,7 @@ class PerSampleGradients:
         if self._is_second:
             return
         if grads.shape[0] != self._rows:
-            raise _not_by_sample(name, grads.shape[0], self._rows)
+            raise not_by_sample(name, grads.shape[0], self._rows)
         columns = self.row_slice(place).unflatten(1, grads.shape[1:] or (1,))
         grads = grads.view(columns.shape) if grads.ndim == 1 else grads
         if place.index in self._written:  # the module ran more than once in this forward
@@ -349,8 +349,11 @@ class PerSampleGradients:
             *places: Parameters whose gradients are written together.
 
         Returns:
-            ``[B, *shape]`` of each parameter, and whether to add to what is there: the module ran before.
+            ``[B, *shape]`` of each parameter, and whether to add to what is there: the module ran before. In
+            the second pass, which wants factors only, memory that nobody reads.
         """
+        if self._is_second:
+            return [self._buffer.new_empty(self._rows, *place.parameter.shape) for place in places], False
         is_added = any(place.index in self._written for place in places)
         rows = [self.row_slice(place).unflatten(1, place.parameter.shape) for place in places]
         for place, own in zip(places, rows, strict=True):
@@ -452,7 +455,7 @@ class PerSampleGradients:
                 "or freeze the layer."
             )
         if tensor.shape[0] == 0 or tensor.shape[0] % self._rows:
-            raise _not_by_sample(name, tensor.shape[0], self._rows)
+            raise not_by_sample(name, tensor.shape[0], self._rows)
         if tensor.shape[0] > self._rows:
             tensor = tensor.unflatten(0, (self._rows, -1))
         return tensor
@@ -491,11 +494,3 @@ class PerSampleGradients:
                 "is used outside of its module's forward, or another backward() ran. Freeze it "
                 "(requires_grad_(False)) or call its module; then start the step again."
             )
-
-
-def _not_by_sample(name: str, found: int, samples: int) -> PrivacyError:
-    return PrivacyError(
-        f"layer {name} saw {found} rows where the batch has {samples} samples, so its gradient can't be "
-        "split by sample. Give it batch-first input, one row per sample, or freeze it; packed rows are not "
-        "supported here."
-    )

@@ -17,7 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from securetune_kernels import clipped_linear_grad, linear_grad_norms
+from securetune_kernels import (
+    clipped_linear_grad,
+    embedding_grad_norms,
+    linear_grad_norms,
+    tied_cross_products,
+)
 from securetune_kernels.numerics import full_precision, row_squared_norms
 
 # A norm taken from factors is a sum of products that may cancel, so its rounding error is relative to
@@ -215,16 +220,16 @@ class BatchGradients:
             return row_squared_norms(self._sum_by_unit(uses.written))
         if uses.routed:
             return routed_squared_norms(*self._joined(uses.routed))
+        is_wide = self._rows.dtype == torch.float64
         if not uses.dense:
-            return lookup_squared_norms(*self._joined(uses.lookups))
+            return embedding_grad_norms(*self._joined(uses.lookups, widen=is_wide))
         if not uses.lookups:
-            is_wide = self._rows.dtype == torch.float64
             return dense_squared_norms(*self._joined(uses.dense, widen=is_wide))
         a, g = self._joined(uses.dense)
         ids, lookup_g = self._joined(uses.lookups)
-        total = dense_squared_norms(a, g) + lookup_squared_norms(ids, lookup_g)
+        total = dense_squared_norms(a, g) + embedding_grad_norms(ids, lookup_g)
         lengths = _lengths(a, g) + torch.linalg.vector_norm(lookup_g, dim=2).sum(1)
-        return (total + 2 * _cross_products(a, g, ids, lookup_g)).clamp_min(0) + _slack(lengths)
+        return (total + 2 * tied_cross_products(a, g, ids, lookup_g)).clamp_min(0) + _slack(lengths)
 
     def _column_runs(self, groups: Sequence[int]) -> Iterator["_ColumnRun"]:
         """Yield maximal ranges of row columns that lie together in the flat vector and share a group."""
@@ -306,30 +311,6 @@ def by_expert(a: Tensor, g: Tensor, expert: Tensor) -> Iterator[tuple[int, Tenso
             part[unit, place] = tensor[unit, slot // (expert.shape[1] // tensor.shape[1])]
             parts.append(part)
         yield index, parts[0], parts[1]
-
-
-def lookup_squared_norms(ids: Tensor, g: Tensor) -> Tensor:
-    """Square the norm of an embedding table's gradient for every sample: equal ids add up first.
-
-    Args:
-        ids: ``[U, T]``, int64.
-        g: ``[U, T, d]``: gradients of the rows that were looked up.
-
-    Returns:
-        ``[U]``.
-    """
-    units, tokens = ids.shape
-    row = torch.arange(units, device=ids.device)[:, None].expand(units, tokens)
-    keys, places = torch.unique(row * (ids.max() + 1) + ids, return_inverse=True)
-    summed = g.new_zeros(len(keys), g.shape[2]).index_add_(0, places.flatten(), g.flatten(0, 1))
-    owner = keys // (ids.max() + 1)
-    return g.new_zeros(units).index_add_(0, owner, torch.linalg.vector_norm(summed, dim=1).square())
-
-
-def _cross_products(a: Tensor, g: Tensor, ids: Tensor, lookup_g: Tensor) -> Tensor:
-    """Inner product of a tied matrix's two gradients, as output layer and as embedding table: ``[U]``."""
-    at_ids = g.gather(2, ids[:, None, :].expand(-1, g.shape[1], -1))  # [U, S, T]
-    return torch.linalg.vecdot(at_ids.flatten(1), torch.bmm(a, lookup_g.transpose(1, 2)).flatten(1))
 
 
 def accumulate_factored(uses: Uses, keep: Tensor, weights: Tensor, out: Tensor) -> None:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from securetune.privacy.per_sample.gradients import TrainableParameter
+from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
 from securetune.privacy.per_sample.paths import Path, detached, recorded, without_frozen
+from securetune_kernels import Normalized, per_sample_sums
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -98,10 +99,13 @@ def _record_scale(path: RmsNormPath, g: Tensor, x: Tensor, scale: Tensor) -> Non
     if not engine.is_recording:
         engine.refuse_plain_backward(path.parameters)
         return
+    if engine.has_all_of(path):
+        return
     place = engine.place_of(path.module.weight)
     assert place is not None
-    products = engine.by_sample((g * x).mul_(scale), path.name)
-    engine.record_rows(place, _sum_leading(products.to(engine.compute_dtype), 1), path.name)
+    g, x, scale = (as_3d(engine.by_sample(part, path.name)) for part in (g, x, scale))
+    (rows,), is_added = engine.rows_to_write(place)
+    per_sample_sums(g, rows, normalized=Normalized(x, scale[..., 0]), accumulate=is_added)
 
 
 def norm_path(engine: "PerSampleGradients", name: str, module: nn.Module) -> Path | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.functional import FunctionalPath
 from securetune.privacy.per_sample.paths import Path
 
@@ -74,3 +75,21 @@ class RowWatch:
         """Stop watching."""
         for hook in self._hooks:
             hook.remove()
+
+
+def not_by_sample(name: str, found: int, samples: int) -> PrivacyError:
+    """Explain why a layer's gradient can't be split by sample.
+
+    Args:
+        name: The layer's name.
+        found: Rows that it saw.
+        samples: Samples in the batch.
+
+    Returns:
+        The error to raise.
+    """
+    return PrivacyError(
+        f"layer {name} saw {found} rows where the batch has {samples} samples, so its gradient can't be "
+        "split by sample. Give it batch-first input, one row per sample, or freeze it; packed rows are not "
+        "supported here."
+    )

@@ -224,3 +224,28 @@ def test_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         fill(tmp_path / "out", b"new", marker="marker")
     assert (tmp_path / "out" / "sub" / "data").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("leftover", [[], ["a.txt"]])
+def test_folder_swapped_away_while_it_is_opened_is_opened_again(tmp_path, monkeypatch, leftover):
+    """The old folder is emptied after the swap: what is left in it is not a checkpoint."""
+    folder, new = tmp_path / "folder", tmp_path / "new"
+    for made, content in ((folder, "old"), (new, "new")):
+        made.mkdir()
+        for name in ("a.txt", "b.txt"):
+            (made / name).write_text(content)
+    listdir, listed = os.listdir, []
+
+    def swap_then_list(path):
+        if not listed:
+            folder.rename(tmp_path / "old")
+            new.rename(folder)
+            for name in {"a.txt", "b.txt"} - set(leftover):
+                (tmp_path / "old" / name).unlink()
+        listed.append(listdir(path))
+        return listed[-1]
+
+    monkeypatch.setattr(os, "listdir", swap_then_list)
+    with FolderReader(folder) as reader:
+        assert {name: reader.read(name, 10) for name in reader.sizes} == {"a.txt": b"new", "b.txt": b"new"}
+    assert sorted(listed[0]) == leftover
