@@ -25,7 +25,6 @@ import datetime
 import gc
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -277,44 +276,6 @@ def peak_memory_bytes(function: Callable[[], object], device: torch.device) -> i
     before = _status_bytes("VmRSS")
     function()
     return max(0, _status_bytes("VmHWM") - before)
-
-
-def peak_rss_bytes_in_subprocess(target: str, *arguments: str) -> int:
-    """Run ``module:function(*arguments)`` in a fresh Python process and return its peak resident set.
-
-    For whole flows (imports and model included), where one process must not inherit another's heap. The peak
-    is ``VmHWM``, not ``getrusage``'s ``ru_maxrss``, which a process inherits from its parent across ``exec``.
-
-    Args:
-        target: What to run, as in ``"benchmarks.bench_dp_lora_step:one_step"``.
-        *arguments: Strings handed to it.
-
-    Returns:
-        Bytes.
-
-    Raises:
-        RuntimeError: If the process fails; the message holds the end of its error output.
-    """
-    module, _, function = target.partition(":")
-    code = (
-        "import sys, importlib\n"
-        f"getattr(importlib.import_module({module!r}), {function!r})(*sys.argv[1:])\n"
-        "from benchmarks._harness import _status_bytes\n"
-        "print('peak_rss_bytes', _status_bytes('VmHWM'))\n"
-    )
-    search_path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": search_path.rstrip(os.pathsep)},
-    )
-    last_line = process.stdout.strip().rpartition("\n")[2]
-    if process.returncode != 0 or not last_line.startswith("peak_rss_bytes "):
-        raise RuntimeError(f"{target} failed with exit status {process.returncode}: {process.stderr[-800:]}")
-    return int(last_line.split()[1])
 
 
 def _reset_peak_rss() -> bool:

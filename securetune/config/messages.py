@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from securetune.config.yaml_text import OptionPath
@@ -114,13 +115,14 @@ def message_for(errors: list[ErrorDetails], root: type[BaseModel], path: OptionP
         return f"must not be shorter than {context['min_length']}, got {show(first['input'])}."
     if first["type"] == "too_long":
         return f"must not be longer than {context['max_length']}, got {show(first['input'])}."
-    expected = [text for error in errors if (text := expectation(error))]
+    expected = list(dict.fromkeys(text for error in errors if (text := expectation(error))))
     if not expected:
         return f"{first['msg']}, got {show(first['input'])}."
     hint = ""
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         hint = _did_you_mean(first["input"], [word.strip("'") for word in _words(first)])
-    return f"must be {' or '.join(expected)}, got {show(first['input'])}.{hint}"
+    entry = f" for {first['loc'][-1]!r}" if _is_mapping(root, path) and len(first["loc"]) > len(path) else ""
+    return f"must be {' or '.join(expected)}, got {show(first['input'])}{entry}.{hint}"
 
 
 def show(value: Any) -> str:
@@ -175,10 +177,19 @@ def _model_at(root: type[BaseModel], path: OptionPath) -> type[BaseModel] | None
     return model
 
 
-def _description(root: type[BaseModel], path: OptionPath) -> str:
+def _field_at(root: type[BaseModel], path: OptionPath) -> FieldInfo | None:
     model = _model_at(root, path[:-1])
-    field = model.model_fields.get(str(path[-1])) if model else None
+    return model.model_fields.get(str(path[-1])) if model else None
+
+
+def _description(root: type[BaseModel], path: OptionPath) -> str:
+    field = _field_at(root, path)
     return " ".join((field.description or "").split()) if field else ""
+
+
+def _is_mapping(root: type[BaseModel], path: OptionPath) -> bool:
+    field = _field_at(root, path)
+    return field is not None and typing.get_origin(field.annotation) is dict
 
 
 def _words(error: ErrorDetails) -> list[str]:

@@ -98,7 +98,8 @@ def _sampling(privacy: "PrivacyConfig") -> Iterator[Problem]:
     if num_units is not None and num_units < max(batch, largest or 0):
         yield (
             "privacy.num_units",
-            f"must be at least the largest batch ({max(batch, largest or 0)}), got {num_units}.",
+            f"must be at least the largest batch ({max(batch, largest or 0)}), got {num_units}. Raise it to "
+            "at least the number of training records, or lower the batch.",
         )
     elif kind == "fixed_size" and num_units is not None:
         rate = batch / num_units

@@ -157,7 +157,8 @@ class PrivacyConfig(Section):
     expected_batch_size: int = Field(ge=1)
     """Records per step on average. A constant of the recipe, never counted from the private data."""
     sample_rate: float = Field(gt=0, le=1)
-    """Probability of each record to be in a step. A constant of the recipe."""
+    """Probability of each record to be in a step. A constant of the recipe. For `fixed_size`:
+    expected_batch_size / num_units; for `fixed_order`: 1 over the number of batches."""
     sampling: Literal["poisson", "truncated_poisson", "fixed_size", "fixed_order"] = "poisson"
     """How the records of a step are drawn, in secret. `poisson`: each independently; epsilon is for adding or
     removing one. `truncated_poisson`: the same, and at most `max_batch_size` of them; for zeroing one out.
@@ -166,7 +167,8 @@ class PrivacyConfig(Section):
     every 1 / `sample_rate` steps; it goes with `noise: matrix_factorization`."""
     num_units: int | None = Field(default=None, ge=1)
     """Places for training records, a public constant that epsilon depends on: at least as many as there are.
-    How many of the places stay empty is private. Not for `poisson`, where the number is private."""
+    How many of the places stay empty is private. Null for `poisson` and `fixed_order`, where the number is
+    private."""
     max_batch_size: int | None = Field(default=None, ge=1)
     """For `truncated_poisson`: most records in one step."""
     steps: int = Field(ge=1)

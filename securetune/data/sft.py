@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from securetune.data.encode import Example, OnOverlong, encode_records
 from securetune.data.records import Record
-from securetune.data.sources import _messages
+from securetune.data.sources import read_messages
 from securetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _read(row: Mapping[str, Any], number: int) -> tuple[Record, int]:
 
 
 def _chat(value: list[Any], number: int) -> tuple[Any, ...]:
-    messages = _messages(value)
+    messages = read_messages(value)
     if isinstance(messages, str):
         raise DataError(f"row {number}: {messages}.")
     return messages

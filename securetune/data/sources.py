@@ -183,7 +183,7 @@ def _generations(rows: Sequence[Row], name: str) -> list[Record]:
     for row in rows:
         number = row.number
         if wanted == ("messages",):
-            messages = _messages(row.values["messages"])
+            messages = read_messages(row.values["messages"])
             if isinstance(messages, str):
                 problems.add(row, messages)
             else:
@@ -203,7 +203,7 @@ def _generations(rows: Sequence[Row], name: str) -> list[Record]:
     return records
 
 
-def _messages(value: Any) -> tuple[Message, ...] | str:
+def read_messages(value: Any) -> tuple[Message, ...] | str:
     """Check the turns of a chat; a string says what is wrong with them."""
     if not isinstance(value, list) or not value:
         return f"messages must be a list of objects with role and content, got {_kind(value)}"

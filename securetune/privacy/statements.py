@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from securetune.privacy.ledger import LedgerHeader
+    from securetune.privacy.ledger_header import LedgerHeader
 
 __all__ = ["clipping_statement", "noise_statement", "sampling_statement"]
 

@@ -30,23 +30,35 @@ _COUNT_NOISE_OF_BATCH = 10  # the choice of Andrew et al. 2021 for one threshold
 _COUNT_NOISE_OF_RUN = 5  # the gradient's noise then grows by 2 %
 
 
-def planned_header(recipe: Recipe, plan: PrivacyPlan, *, reportable_epsilon: bool = True) -> LedgerHeader:
+def planned_header(
+    recipe: Recipe,
+    plan: PrivacyPlan,
+    *,
+    sampler: UnitSampler | None = None,
+    reportable_epsilon: bool = True,
+) -> LedgerHeader:
     """Say what the run's ledger will begin with.
 
     Args:
         recipe: The recipe.
         plan: The calibrated mechanism.
+        sampler: What draws the units of each step; None plans with the recipe's.
         reportable_epsilon: Whether sampler and noise have secret keys.
 
     Returns:
         The public constants of the run.
+
+    Raises:
+        PrivacyError: If the sampler draws otherwise than planned.
     """
     is_correlated = recipe.privacy.noise == "matrix_factorization"
+    if sampler is None and not is_correlated:
+        sampler = planned_sampler(recipe)
     header = LedgerHeader.from_plan(
         plan,
         reportable_epsilon=reportable_epsilon,
         unit=recipe.privacy.unit,
-        sampler=None if is_correlated else planned_sampler(recipe),
+        sampler=None if isinstance(sampler, EpochOrderSampler) else sampler,
         clipping=make_clipping(recipe, noise_multiplier=plan.noise_multiplier),
     )
     if not is_correlated:
@@ -197,7 +209,8 @@ def make_private_step(
         The open ledger, and the step.
 
     Raises:
-        PrivacyError: If the ledger is another run's, or the parameters do not fit the clipping.
+        PrivacyError: If the ledger is another run's, the sampler draws otherwise than planned, or the
+            parameters do not fit the clipping.
     """
     correlated = None
     if recipe.privacy.noise == "matrix_factorization":
@@ -208,11 +221,7 @@ def make_private_step(
     reportable = noise.reportable_epsilon and sampler.reportable_epsilon
     clipping = make_clipping(recipe, noise_multiplier=plan.noise_multiplier)
     clipping.assign(grads.parameter_names())  # refuses before there is a ledger
-    if not isinstance(sampler, EpochOrderSampler):
-        LedgerHeader.from_plan(
-            plan, reportable_epsilon=reportable, unit=recipe.privacy.unit, sampler=sampler
-        )  # refuses a sampler that draws otherwise than planned
-    ledger = Ledger(run.ledger, planned_header(recipe, plan, reportable_epsilon=reportable))
+    ledger = Ledger(run.ledger, planned_header(recipe, plan, sampler=sampler, reportable_epsilon=reportable))
     try:
         step = PrivateStep(
             grads,

@@ -19,19 +19,21 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from securetune.data.sft import IGNORED_LABEL
 from securetune.errors import CheckpointError, ConfigError, PrivacyError
 from securetune.privacy.clipping import Clipping
 from securetune.privacy.noise import NoiseSource
 from securetune.privacy.private import PrivateTraining, Records, make_private
 from securetune.privacy.sampling import Sampler
 from securetune.privacy.units import UserSampler
+from securetune.training.coupling import refuse_coupled_losses
 from securetune.training.trainer_options import FP16, refuse_options
 
 __all__ = ["PrivateTrainer", "per_sequence_losses"]
 
 _STATE = "privacy.json"
-_IGNORED = -100
 _UNNOISED = ("loss", "train_loss")
+_PROOFS = 8  # micro-batches of records of one length, which tell nothing about padding, are compared
 _logger = logging.getLogger(__name__)
 
 
@@ -60,11 +62,11 @@ def per_sequence_losses(
     losses = functional.cross_entropy(
         scores.transpose(1, 2),
         labels,
-        ignore_index=_IGNORED,
+        ignore_index=IGNORED_LABEL,
         reduction="none",
         label_smoothing=label_smoothing,
     )
-    return losses.sum(dim=1) / (labels != _IGNORED).sum(dim=1).clamp(min=1)
+    return losses.sum(dim=1) / (labels != IGNORED_LABEL).sum(dim=1).clamp(min=1)
 
 
 class PrivateTrainer(Trainer):
@@ -404,79 +406,21 @@ class PrivateTrainer(Trainer):
         Path(output_dir, _STATE).write_text(json.dumps(self.private.state_dict()))
 
     def _refuse_coupled_losses(self, model: nn.Module, rows: list[Any], batch: Mapping[str, Any]) -> None:
-        """Compute two records' losses together and apart: batch-mates must not change them.
-
-        Apart each has the padding that it would have alone, so the two should differ in length.
-        """
-        lengths = _lengths(batch)
-        pair = [0, 1] if lengths is None else [int(lengths.argmin()), int(lengths.argmax())]
-        is_telling = lengths is None or bool(lengths[pair[0]] < lengths[pair[1]])
-        if pair[0] == pair[1]:
-            pair = [0, 1]
-        self._proofs_left = 0 if is_telling else self._proofs_left - 1
         collate = self._get_collator_with_removed_columns(self.data_collator)
 
-        def losses(inputs: Mapping[str, Any]) -> Tensor:
+        def losses_of(inputs: Mapping[str, Any]) -> Tensor:
             with torch.no_grad(), self.compute_loss_context_manager():
                 return self.compute_loss(model, inputs)
 
         model.eval()
-        together = losses(_select(batch, pair, len(rows)))
-        if together.shape != (2,):
-            raise PrivacyError(
-                f"the loss must be one value per record: two records gave shape {list(together.shape)}. Use "
-                "reduction='none', average within each record, and no collator that packs records together."
-            )
-        apart = torch.cat(
-            [losses(_without_mates(batch, row, len(rows), collate([rows[row]]))) for row in pair]
+        is_telling = refuse_coupled_losses(
+            batch,
+            len(rows),
+            losses_of,
+            lambda row: collate([rows[row]]),
+            is_coarse=self.args.bf16 or any(p.dtype.itemsize < 4 for p in model.parameters()),
         )
-        is_coarse = self.args.bf16 or any(p.dtype.itemsize < 4 for p in model.parameters())
-        tolerance = _COARSE_TOLERANCE if is_coarse else _TOLERANCE
-        if not torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
-            raise PrivacyError(
-                "the losses of two records differ when they are computed together and apart: they depend on "
-                "their batch-mates. Causes: a divisor counted over the batch (num_items_in_batch), a mean "
-                "over the padded length, positions that padding on the left moves, batch statistics, "
-                "in-batch negatives. Divide by each record's own count, and pad on the right or to a fixed "
-                "length."
-            )
-
-
-_TOLERANCE, _COARSE_TOLERANCE = 1e-3, 5e-2  # a batch-wide divisor changes a loss by about half of it
-
-
-_PROOFS = 8  # micro-batches of records of one length, which tell nothing about padding, are compared
-
-
-def _lengths(batch: Mapping[str, Any]) -> Tensor | None:
-    """``[B]``: tokens of each record that are no padding; None where the batch does not tell."""
-    mask = batch.get("attention_mask")
-    return mask.sum(dim=1) if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-
-def _select(batch: Mapping[str, Any], records: list[int], num_records: int) -> dict[str, Any]:
-    return {
-        name: value[records] if isinstance(value, Tensor) and value.shape[:1] == (num_records,) else value
-        for name, value in batch.items()
-    }
-
-
-def _without_mates(batch: Mapping[str, Any], record: int, num_records: int, alone: Any) -> dict[str, Any]:
-    """Take one record out of a batch, and the padding off that it has not ``alone``.
-
-    The record is not taken from ``alone`` itself, since a collator may draw at random.
-    """
-    inputs = _select(batch, [record], num_records)
-    lengths = _lengths(inputs)
-    if lengths is None or not isinstance(alone, Mapping):
-        return inputs
-    is_left = not bool(inputs["attention_mask"][0, 0])
-    for name, value in inputs.items():
-        own = alone.get(name)
-        if isinstance(own, Tensor) and isinstance(value, Tensor) and own.ndim == value.ndim >= 2:
-            surplus = max(0, value.shape[1] - own.shape[1])
-            inputs[name] = value[:, surplus:] if is_left else value[:, : value.shape[1] - surplus]
-    return inputs
+        self._proofs_left = 0 if is_telling else self._proofs_left - 1
 
 
 class _Steps:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.gradients import TrainableParameter
-from securetune.privacy.per_sample.paths import Path, _detached, _sum_positions, recorded, sum_rows
+from securetune.privacy.per_sample.paths import Path, detached, recorded, sum_positions, without_frozen
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -28,7 +28,7 @@ class ConvPath(Path):
     def row_places(self) -> list[TrainableParameter]:
         """The bias; with groups the weight too, whose factors would be larger than itself."""
         weight = self.module.weight if self.module.groups > 1 else None
-        return sum_rows([self.place(weight), self.place(self.module.bias)])
+        return without_frozen([self.place(weight), self.place(self.module.bias)])
 
     def run(self, x: Tensor) -> Tensor:
         """Run the layer; ``x``: ``[N, C, ...]``."""
@@ -36,7 +36,7 @@ class ConvPath(Path):
         weight, bias = self.place(module.weight), self.place(module.bias)
         if x.ndim != 2 + len(module.kernel_size):
             raise _not_batched(self, x, 2 + len(module.kernel_size))
-        y = module._conv_forward(x, module.weight.detach(), _detached(module.bias))
+        y = module._conv_forward(x, module.weight.detach(), detached(module.bias))
 
         def record(g: Tensor, *kept: Tensor) -> None:
             g = g.flatten(2).transpose(1, 2)  # [N, L, O]
@@ -44,7 +44,7 @@ class ConvPath(Path):
                 self._record_weight(weight, _windows(module, kept[0]), g)
             if bias is not None:
                 by_sample = self.engine.by_sample(g, self.name)
-                self.engine.record_rows(bias, _sum_positions(by_sample, self.engine.compute_dtype), self.name)
+                self.engine.record_rows(bias, sum_positions(by_sample, self.engine.compute_dtype), self.name)
 
         # under autocast the layer computed with the output's dtype
         return recorded(self, y, record, *([] if weight is None else [x.to(y.dtype)]))
@@ -69,7 +69,7 @@ class ChannelNormPath(Path):
 
     def row_places(self) -> list[TrainableParameter]:
         """Weight and bias."""
-        return sum_rows([self.place(self.module.weight), self.place(self.module.bias)])
+        return without_frozen([self.place(self.module.weight), self.place(self.module.bias)])
 
     def run(self, x: Tensor) -> Tensor:
         """Run the layer; ``x``: ``[N, C, ...]``."""
@@ -81,7 +81,7 @@ class ChannelNormPath(Path):
             groups = module.num_features
             if x.ndim <= module._get_no_batch_dim():
                 raise _not_batched(self, x, module._get_no_batch_dim() + 1)
-        y = functional.group_norm(x, groups, _detached(module.weight), _detached(module.bias), module.eps)
+        y = functional.group_norm(x, groups, detached(module.weight), detached(module.bias), module.eps)
 
         def record(g: Tensor, x: Tensor) -> None:
             dtype = self.engine.compute_dtype
@@ -97,7 +97,7 @@ class ChannelNormPath(Path):
         """Record ``[N, C, ...]``, summed over everything but the samples and the channels."""
         channels = products.unsqueeze(2).flatten(2).sum(2)  # [N, C]
         by_sample = self.engine.by_sample(channels, self.name)
-        self.engine.record_rows(place, _sum_positions(by_sample, channels.dtype), self.name)
+        self.engine.record_rows(place, sum_positions(by_sample, channels.dtype), self.name)
 
 
 def conv_path(engine: "PerSampleGradients", name: str, module: nn.Module) -> Path | None:

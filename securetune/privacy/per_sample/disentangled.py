@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from securetune.errors import PrivacyError
-from securetune.privacy.per_sample.functional import FunctionalPath, _detach, _Rerun
+from securetune.privacy.per_sample.functional import FunctionalPath, Rerun, detach_all
 from securetune.privacy.per_sample.paths import Path, recorded
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class RelativeTablePath(FunctionalPath):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Return the table, ``[S, d]``; a gradient must reach it through :meth:`watch` only."""
-        table = self._functional(_detach(self._named()), args, kwargs)
+        table = self._functional(detach_all(self._named()), args, kwargs)
         return recorded(self, table, self._refuse)
 
     def _refuse(self, g: Tensor) -> NoReturn:
@@ -82,7 +82,7 @@ class RelativeTablePath(FunctionalPath):
         def run_on(parameters: dict[str, Tensor], _: list[Tensor]) -> list[Tensor]:
             return [self._functional(parameters, (), {})[None]]
 
-        call = _Rerun(run_on, table.device.type, None)
+        call = Rerun(run_on, table.device.type, None)
 
         def record(g: Tensor, *masks: Tensor) -> None:
             size = getattr(self.module, _TABLE).num_embeddings

@@ -10,23 +10,27 @@ Dimensions: ``B`` samples, ``T`` positions, ``P`` trainable parameters.
 import contextlib
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.choice import find_paths
-from securetune.privacy.per_sample.functional import FunctionalPath
-from securetune.privacy.per_sample.gradients import BatchGradients, TrainableParameter, _Uses, as_3d
+from securetune.privacy.per_sample.gradients import (
+    BatchGradients,
+    TrainableParameter,
+    Uses,
+    as_3d,
+    index_units,
+)
+from securetune.privacy.per_sample.layout import count_owners, flatten, lay_out_rows, trainable_parameters
 from securetune.privacy.per_sample.paths import Path
+from securetune.privacy.per_sample.row_watch import RowWatch, not_by_sample
 from securetune.privacy.per_sample.self_check import check_against_autograd
 from securetune.privacy.per_sample.two_passes import Measuring, Taker, TwoPassGradients
 
-# What wrappers put into parameter names: torch.compile, FSDP, activation checkpointing, DDP.
-_WRAPPER_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _logger = logging.getLogger(__name__)
-_BATCH_ARGUMENTS = ("input_ids", "inputs_embeds", "hidden_states", "pixel_values")
 
 
 class PerSampleGradients:
@@ -59,7 +63,7 @@ class PerSampleGradients:
             raise ValueError(f"passes must be 1 or 2, got {passes}.")
         self.model = model
         self.passes = passes
-        self.parameters = _trainable_parameters(model)
+        self.parameters = trainable_parameters(model)
         self._place = {id(place.parameter): place for place in self.parameters}
         self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.paths = find_paths(model, self)
@@ -67,8 +71,8 @@ class PerSampleGradients:
         first = self.parameters[0].parameter
         self.device = first.device
         self.compute_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        self._owners = _count_owners(model)
-        self._row_columns = _lay_out_rows(self.parameters, self.paths)
+        self._owners = count_owners(model)
+        self._row_columns = lay_out_rows(self.parameters, self.paths)
         width = sum(stop - start for start, stop in self._row_columns.values())
         self._buffer = torch.empty(0, width, dtype=self.compute_dtype, device=self.device)
         self._flat_params: nn.Parameter | None = None
@@ -78,15 +82,13 @@ class PerSampleGradients:
         self._looped_kinds: set[type[nn.Module]] = set()
         self._proven: set[tuple[bool, float]] = set()
         self._rows = 0
-        self._batch_rows: int | None = None
-        self._nearest_rows: int | None = None
         self._written: set[int] = set()
-        self._factored: dict[int, _Uses] = {}
+        self._factored: dict[int, Uses] = {}
         self._number = 0  # of the running backward
         self._taker: Taker | None = None  # of the running pass
         self._is_second = False  # whether the rows are written, and factors are all that is wanted
         self._repeated = {place.index for place in self.parameters if self._owners[id(place.parameter)] > 1}
-        self._hooks = self._watch_batch_size()
+        self._watch = RowWatch(model, self.paths)
         for path in self.paths:
             path.attach()
 
@@ -94,8 +96,7 @@ class PerSampleGradients:
         """Give the modules their own forward back."""
         for path in self.paths:
             path.detach()
-        for hook in self._hooks:
-            hook.remove()
+        self._watch.detach()
 
     def parameter_names(self) -> list[str]:
         """Return the names of the trainable parameters in canonical order."""
@@ -109,7 +110,7 @@ class PerSampleGradients:
             PrivacyError: If their dtypes differ.
         """
         if self._flat_params is None:
-            self._flat_params = _flatten(self.parameters)
+            self._flat_params = flatten(self.parameters)
         return self._flat_params
 
     @property
@@ -143,14 +144,14 @@ class PerSampleGradients:
         if unit_ids is not None and len(unit_ids) != len(losses):
             raise PrivacyError(f"unit_ids has {len(unit_ids)} entries for {len(losses)} losses.")
         self._start(len(losses))
-        units = None if unit_ids is None else _unit_index(unit_ids, self.device)
+        units = None if unit_ids is None else index_units(unit_ids, self.device)
         if self._rows and self._takes_two_passes:
             return self._backward_twice(losses, units)
         if self._rows:
             self._run(losses, None)
         rows = self._finish_rows()
         factored, self._factored = self._factored, {}
-        self._batch_rows = self._nearest_rows = None
+        self._watch.forget()
         return BatchGradients(self.parameters, rows, self._row_columns, factored, units)
 
     @property
@@ -174,7 +175,7 @@ class PerSampleGradients:
         """Measure in a first pass, and hand out how to run the second."""
         number = self._number
 
-        def run_again(taker: Taker | None) -> dict[int, _Uses]:
+        def run_again(taker: Taker | None) -> dict[int, Uses]:
             if number != self._number:
                 raise PrivacyError(
                     "these gradients are of an earlier backward. With passes=2 accumulate them before the "
@@ -186,7 +187,7 @@ class PerSampleGradients:
             finally:
                 self._is_second = False
             factored, self._factored = self._factored, {}
-            self._batch_rows = self._nearest_rows = None
+            self._watch.forget()
             return factored
 
         while True:
@@ -267,12 +268,12 @@ class PerSampleGradients:
     @property
     def batch_rows(self) -> int | None:
         """Number of samples in the running forward pass, where a module's arguments told."""
-        return self._batch_rows
+        return self._watch.batch_rows
 
     @property
     def nearest_rows(self) -> int | None:
         """Number of rows that the innermost watched module got: windows of images, where it splits them."""
-        return self._nearest_rows
+        return self._watch.nearest_rows
 
     def place_of(self, parameter: nn.Parameter) -> TrainableParameter | None:
         """Return the place of a parameter, None for a frozen one."""
@@ -314,7 +315,7 @@ class PerSampleGradients:
         if self._is_second:
             return
         if grads.shape[0] != self._rows:
-            raise _not_by_sample(name, grads.shape[0], self._rows)
+            raise not_by_sample(name, grads.shape[0], self._rows)
         columns = self.row_slice(place).unflatten(1, grads.shape[1:] or (1,))
         grads = grads.view(columns.shape) if grads.ndim == 1 else grads
         if place.index in self._written:  # the module ran more than once in this forward
@@ -323,13 +324,13 @@ class PerSampleGradients:
             columns.copy_(grads)
             self._written.add(place.index)
 
-    def _uses(self, place: TrainableParameter, name: str) -> _Uses:
+    def _uses(self, place: TrainableParameter, name: str) -> Uses:
         if place.index in self._row_columns:
             raise PrivacyError(
                 f"{place.name} is shared by layers of different kinds, and layer {name} has no path that "
                 "covers both. Untie it, or freeze it (requires_grad_(False))."
             )
-        return self._factored.setdefault(place.index, _Uses())
+        return self._factored.setdefault(place.index, Uses())
 
     def has_all_of(self, path: Path) -> bool:
         """Whether nothing of a path is wanted any more: the second pass, and it writes rows only."""
@@ -394,7 +395,7 @@ class PerSampleGradients:
         told apart. It is done again when the model changes between training and evaluation, or the model gets
         another number of rows for a sample; a batch without any finite gradient proves nothing.
         """
-        given = self._rows if self._batch_rows is None else self._batch_rows
+        given = self._rows if self._watch.batch_rows is None else self._watch.batch_rows
         if self._rows == 1:
             if given > 1:
                 raise PrivacyError(
@@ -454,7 +455,7 @@ class PerSampleGradients:
                 "or freeze the layer."
             )
         if tensor.shape[0] == 0 or tensor.shape[0] % self._rows:
-            raise _not_by_sample(name, tensor.shape[0], self._rows)
+            raise not_by_sample(name, tensor.shape[0], self._rows)
         if tensor.shape[0] > self._rows:
             tensor = tensor.unflatten(0, (self._rows, -1))
         return tensor
@@ -493,117 +494,3 @@ class PerSampleGradients:
                 "is used outside of its module's forward, or another backward() ran. Freeze it "
                 "(requires_grad_(False)) or call its module; then start the step again."
             )
-
-    def _watch_batch_size(self) -> list[Any]:
-        """Learn the number of samples from the arguments of the model and the modules above embeddings.
-
-        Position ids often come as ``[1, T]``, one row for all samples; the lookup is then done per sample.
-        """
-        modules = dict(self.model.named_modules())
-        above_embeddings: set[str] = {""}
-        above: set[str] = {""}
-        for path in self.paths:
-            parts = path.name.split(".")
-            names = {name for i in range(len(parts)) if (name := ".".join(parts[:i])) in modules}
-            if isinstance(path.module, nn.Embedding):
-                above_embeddings |= names
-            if isinstance(path.module, nn.Embedding) or isinstance(path, FunctionalPath):
-                above |= names
-        modules[""] = self.model
-
-        def watch(name: str) -> Any:
-            is_root, tells_samples = name == "", name in above_embeddings
-
-            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if not torch.is_grad_enabled():
-                    if is_root:  # an evaluation, of another number of rows
-                        self._nearest_rows = None
-                    return
-                named = [kwargs[key] for key in _BATCH_ARGUMENTS if isinstance(kwargs.get(key), Tensor)]
-                tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-                rows = next((value.shape[0] for value in [*named, *tensors] if value.ndim >= 2), None)
-                # inner modules may be called with one row for all samples, which tells nothing
-                if rows is not None and (named or is_root or rows > 1):
-                    self._nearest_rows = rows
-                    if tells_samples:
-                        self._batch_rows = rows
-
-            untraced: Any = torch.compiler.disable(note)
-            return modules[name].register_forward_pre_hook(untraced, with_kwargs=True)
-
-        return [watch(name) for name in sorted(above)]
-
-
-def _not_by_sample(name: str, found: int, samples: int) -> PrivacyError:
-    return PrivacyError(
-        f"layer {name} saw {found} rows where the batch has {samples} samples, so its gradient can't be "
-        "split by sample. Give it batch-first input, one row per sample, or freeze it; packed rows are not "
-        "supported here."
-    )
-
-
-def _trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
-    places: list[TrainableParameter] = []
-    start = 0
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        for inserted in _WRAPPER_NAMES:
-            name = name.replace(inserted, "")
-        places.append(TrainableParameter(name, parameter, len(places), start, start + parameter.numel()))
-        start = places[-1].stop
-    if not places:
-        raise PrivacyError(
-            "the model has no trainable parameter. Unfreeze some (requires_grad_(True)), or add adapters "
-            "with peft.get_peft_model(model, LoraConfig(...))."
-        )
-    devices = {str(place.parameter.device) for place in places}
-    if len(devices) > 1 or "meta" in devices:
-        raise PrivacyError(
-            f"trainable parameters must be on one device, got {', '.join(sorted(devices))}. Move the model "
-            "first."
-        )
-    return places
-
-
-def _count_owners(model: nn.Module) -> dict[int, int]:
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return owners
-
-
-def _lay_out_rows(
-    parameters: Sequence[TrainableParameter], paths: Sequence[Any]
-) -> dict[int, tuple[int, int]]:
-    """Give a range of buffer columns to each parameter whose path writes rows."""
-    written = {place.index for path in paths for place in path.row_places()}
-    columns: dict[int, tuple[int, int]] = {}
-    start = 0
-    for place in parameters:
-        if place.index in written:
-            columns[place.index] = (start, start + place.parameter.numel())
-            start += place.parameter.numel()
-    return columns
-
-
-def _flatten(parameters: Sequence[TrainableParameter]) -> nn.Parameter:
-    dtypes = {place.parameter.dtype for place in parameters}
-    if len(dtypes) > 1:
-        raise PrivacyError(
-            f"flat_params needs one dtype, the trainable parameters have {', '.join(map(str, dtypes))}. Give "
-            "the optimizer the parameters themselves."
-        )
-    flat = nn.Parameter(torch.cat([place.parameter.detach().flatten() for place in parameters]))
-    for place in parameters:
-        place.parameter.data = flat.data[place.start : place.stop].view_as(place.parameter)
-    return flat
-
-
-def _unit_index(unit_ids: Sequence[Hashable], device: torch.device) -> Tensor | None:
-    """Number the units from 0 in order of appearance; None where every sample is its own unit."""
-    numbers: dict[Hashable, int] = {}
-    index = [numbers.setdefault(unit, len(numbers)) for unit in unit_ids]
-    return torch.tensor(index, device=device) if len(numbers) < len(index) else None

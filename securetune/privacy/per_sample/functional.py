@@ -59,7 +59,7 @@ class FunctionalPath(Path):
         named = self._named()
         draws = _Draws()
         with draws:
-            y = self._functional(_detach(named), args, kwargs)
+            y = self._functional(detach_all(named), args, kwargs)
         outputs, output_spec = tree_flatten(y)
         watched = [i for i, leaf in enumerate(outputs) if _is_differentiable(leaf)]
         opaque = [leaf for leaf in outputs if not isinstance(leaf, Tensor | bool | int | float | str | None)]
@@ -82,7 +82,7 @@ class FunctionalPath(Path):
                 again = tree_flatten(self._functional(parameters, new_args, new_kwargs))[0]
             return [again[i] for i in watched]
 
-        call = _Rerun(run_on, device, autocast)
+        call = Rerun(run_on, device, autocast)
         is_shared = self._is_shared(tensors)
 
         def record(g: Sequence[Tensor | None], *saved: Tensor) -> None:
@@ -111,7 +111,7 @@ class FunctionalPath(Path):
         grads: Sequence[Tensor | None],
         values: list[Tensor],
         named: dict[str, nn.Parameter],
-        call: "_Rerun",
+        call: "Rerun",
         *,
         is_shared: bool,
     ) -> None:
@@ -136,7 +136,7 @@ class FunctionalPath(Path):
             engine.by_sample(value, self.name) if here else value
             for value, here in zip(values, is_split, strict=True)
         ]
-        parameters = _detach(named)
+        parameters = detach_all(named)
         if is_shared and is_flat:  # all of a sample's rows are the same output
             by_sample, is_flat = [g.sum(dim=1) for g in by_sample], False
 
@@ -210,7 +210,7 @@ class FunctionalPath(Path):
         results: list[Tensor],
         used: list[int],
         is_split: list[bool],
-        call: "_Rerun",
+        call: "Rerun",
         values: list[Tensor],
         parameters: dict[str, Tensor],
     ) -> None:
@@ -282,8 +282,8 @@ class PromptPath(FunctionalPath):
         def run_on(parameters: dict[str, Tensor], _: list[Tensor]) -> list[Tensor]:
             return [self._functional(parameters, (tokens,), {})]
 
-        call = _Rerun(run_on, tokens.device.type, None)
-        prompts = call(_detach(named), [])[0].expand(batch_size, -1, -1)
+        call = Rerun(run_on, tokens.device.type, None)
+        prompts = call(detach_all(named), [])[0].expand(batch_size, -1, -1)
         return recorded(self, prompts, lambda g: self._record([g], [], named, call, is_shared=True))
 
 
@@ -378,7 +378,7 @@ class _Draws(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class _Rerun:
+class Rerun:
     """A module on other parameters and tensors, under the autocast it ran with at first."""
 
     function: Callable[[dict[str, Tensor], list[Tensor]], list[Tensor]]
@@ -386,6 +386,7 @@ class _Rerun:
     autocast: torch.dtype | None
 
     def __call__(self, parameters: dict[str, Tensor], values: list[Tensor]) -> list[Tensor]:
+        """Return the module's outputs."""
         with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
             return self.function(parameters, values)
 
@@ -402,7 +403,8 @@ class _Bare(nn.Module):
         return self._forward(*args, **kwargs)
 
 
-def _detach(named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def detach_all(named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Detach parameters, by their names."""
     return {name: parameter.detach() for name, parameter in named.items()}
 
 

@@ -11,7 +11,7 @@ Dimensions: ``B`` samples, ``U`` privacy units, ``G`` clipping groups, ``T`` pos
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,7 +52,7 @@ class TrainableParameter:
 
 
 @dataclass
-class _Uses:
+class Uses:
     """How one factored parameter was used: all its gradients add up."""
 
     dense: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a [B, T, d], g [B, T, p]
@@ -95,7 +95,7 @@ class BatchGradients:
         parameters: Sequence[TrainableParameter],
         rows: Tensor,
         row_columns: dict[int, tuple[int, int]],
-        factored: dict[int, _Uses],
+        factored: dict[int, Uses],
         unit_index: Tensor | None,
     ) -> None:
         self._parameters = parameters
@@ -168,7 +168,7 @@ class BatchGradients:
             for index, uses in self._factored.items():
                 place = self._parameters[index]
                 keep, weights = kept[groups[index]], by_row[:, groups[index]]
-                _accumulate_factored(uses, keep, weights, out[place.start : place.stop])
+                accumulate_factored(uses, keep, weights, out[place.start : place.stop])
 
     def materialize(self) -> Tensor:
         """Write every sample's gradient out, for checks and tests: ``B * P`` numbers.
@@ -186,7 +186,7 @@ class BatchGradients:
                 weights = rows.new_zeros(self.num_samples).index_fill_(0, keep, 1.0)
                 for index, uses in self._factored.items():
                     place = self._parameters[index]
-                    _accumulate_factored(uses, keep, weights, rows[sample, place.start : place.stop])
+                    accumulate_factored(uses, keep, weights, rows[sample, place.start : place.stop])
         return rows
 
     def _sum_by_unit(self, rows: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class BatchGradients:
             joined.append(padded.flatten(1, 2))
         return joined
 
-    def _factored_norms(self, uses: _Uses) -> Tensor:
+    def _factored_norms(self, uses: Uses) -> Tensor:
         if uses.written is not None:
             return row_squared_norms(self._sum_by_unit(uses.written))
         if uses.routed:
@@ -313,7 +313,7 @@ def by_expert(a: Tensor, g: Tensor, expert: Tensor) -> Iterator[tuple[int, Tenso
         yield index, parts[0], parts[1]
 
 
-def _accumulate_factored(uses: _Uses, keep: Tensor, weights: Tensor, out: Tensor) -> None:
+def accumulate_factored(uses: Uses, keep: Tensor, weights: Tensor, out: Tensor) -> None:
     """Add a parameter's gradient, summed with ``weights [B]``, to ``out [p * d]``; ``keep``: not zero."""
     for a, g in uses.dense:
         clipped_linear_grad(*_of_one_dtype(a, g), weights, out.view(g.shape[2], a.shape[2]))
@@ -348,11 +348,13 @@ def _slack(lengths: Tensor) -> Tensor:
     return _GRAM_SLACK_ULPS * torch.finfo(lengths.dtype).eps * lengths.square()
 
 
-def flat_size(parameters: Sequence[TrainableParameter]) -> int:
-    """Number of entries of all parameters together."""
-    return parameters[-1].stop if parameters else 0
-
-
 def as_3d(x: Tensor) -> Tensor:
     """View ``[B, ..., d]`` as ``[B, T, d]``."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def index_units(unit_ids: Sequence[Hashable], device: torch.device) -> Tensor | None:
+    """Number the units from 0 in order of appearance; None where every sample is its own unit."""
+    numbers: dict[Hashable, int] = {}
+    index = [numbers.setdefault(unit, len(numbers)) for unit in unit_ids]
+    return torch.tensor(index, device=device) if len(numbers) < len(index) else None

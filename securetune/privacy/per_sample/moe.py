@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.functional import FunctionalPath
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d, by_expert
-from securetune.privacy.per_sample.paths import Path, _detached, _sum_positions, recorded, sum_rows
+from securetune.privacy.per_sample.paths import Path, detached, recorded, sum_positions, without_frozen
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -77,7 +77,7 @@ class ExpertsPath(Path):
         """Biases and adapters."""
         biases = [p for name, p in self._experts._parameters.items() if name.endswith("_bias")]
         adapters = [matrix for adapter in self._adapters.values() for matrix in (adapter.a, adapter.b)]
-        return sum_rows([self.place(parameter) for parameter in (*biases, *adapters)])
+        return without_frozen([self.place(parameter) for parameter in (*biases, *adapters)])
 
     def run(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run the experts; ``x``: ``[N, d]``, ``top_k_index`` and ``top_k_weights``: ``[N, k]``."""
@@ -188,7 +188,7 @@ class RouterPath(Path):
 
     def row_places(self) -> list[TrainableParameter]:
         """The bias."""
-        return sum_rows([self.place(self.module._parameters.get("bias"))])
+        return without_frozen([self.place(self.module._parameters.get("bias"))])
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the router's own forward."""
@@ -199,7 +199,7 @@ class RouterPath(Path):
         """Apply the weight, ``matrix`` being its detached copy; ``x``: ``[N, d]``."""
         weight, bias = self.place(self.module.weight), None
         if given_bias is self.module._parameters.get("bias"):
-            bias, given_bias = self.place(self.module._parameters.get("bias")), _detached(given_bias)
+            bias, given_bias = self.place(self.module._parameters.get("bias")), detached(given_bias)
         y = functional.linear(x, matrix, given_bias)
 
         def record(g: Tensor, x: Tensor) -> None:
@@ -207,7 +207,7 @@ class RouterPath(Path):
                 self.engine.record_dense(weight, x, g, self.name)
             if bias is not None:
                 by_sample = self.engine.by_sample(g, self.name)
-                self.engine.record_rows(bias, _sum_positions(by_sample, self.engine.compute_dtype), self.name)
+                self.engine.record_rows(bias, sum_positions(by_sample, self.engine.compute_dtype), self.name)
 
         return recorded(self, y, record, x.to(y.dtype))
 
@@ -234,7 +234,7 @@ class AdaptedRouterPath(Path):
 
     def row_places(self) -> list[TrainableParameter]:
         """Both."""
-        return sum_rows([self.place(self._adapter.a), self.place(self._adapter.b)])
+        return without_frozen([self.place(self._adapter.a), self.place(self._adapter.b)])
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the router's own forward."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
-from securetune.privacy.per_sample.paths import Path, _detached, recorded, sum_rows
+from securetune.privacy.per_sample.paths import Path, detached, recorded, without_frozen
 from securetune_kernels import Normalized, per_sample_sums
 
 if TYPE_CHECKING:
@@ -19,14 +19,14 @@ class LayerNormPath(Path):
 
     def row_places(self) -> list[TrainableParameter]:
         """Weight and bias."""
-        return sum_rows([self.place(self.module.weight), self.place(self.module.bias)])
+        return without_frozen([self.place(self.module.weight), self.place(self.module.bias)])
 
     def run(self, x: Tensor) -> Tensor:
         """Run the layer; ``x``: ``[B, ..., *normalized_shape]``."""
         module = self.module
         weight, bias = self.place(module.weight), self.place(module.bias)
         shape = module.normalized_shape
-        y = functional.layer_norm(x, shape, _detached(module.weight), _detached(module.bias), module.eps)
+        y = functional.layer_norm(x, shape, detached(module.weight), detached(module.bias), module.eps)
 
         def record(g: Tensor, x: Tensor) -> None:
             dtype = self.engine.compute_dtype
@@ -49,7 +49,7 @@ class RmsNormPath(Path):
 
     def row_places(self) -> list[TrainableParameter]:
         """The weight, if it trains."""
-        return sum_rows([self.place(self.module.weight)])
+        return without_frozen([self.place(self.module.weight)])
 
     def run(self, x: Tensor) -> Tensor:
         """Run the layer; ``x``: ``[B, ..., d]``."""

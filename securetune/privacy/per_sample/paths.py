@@ -115,7 +115,7 @@ class DensePath(Path):
         weight, bias = self.place(module.weight), self.place(module.bias)
         is_transposed = not isinstance(module, nn.Linear)  # Conv1D holds [d, p]
         matrix = module.weight.detach()
-        y = functional.linear(x, matrix.t() if is_transposed else matrix, _detached(module.bias))
+        y = functional.linear(x, matrix.t() if is_transposed else matrix, detached(module.bias))
         kept = x.to(y.dtype)  # under autocast the layer computed with this
 
         def record(g: Tensor, x: Tensor) -> None:
@@ -324,15 +324,16 @@ def _outside_of_the_graph(call: Callable[..., Any], *args: Any, **kwargs: Any) -
     return call(*args, **kwargs)
 
 
-def _detached(parameter: Tensor | None) -> Tensor | None:
+def detached(parameter: Tensor | None) -> Tensor | None:
+    """Detach a parameter that a layer may lack."""
     return None if parameter is None else parameter.detach()
 
 
-def _sum_positions(g: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_positions(g: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum ``[B, ..., p]`` over its positions: ``[B, p]``."""
     return g.to(dtype) if g.ndim == 2 else g.flatten(1, -2).sum(dim=1, dtype=dtype)
 
 
-def sum_rows(places: Sequence[TrainableParameter | None]) -> list[TrainableParameter]:
+def without_frozen(places: Sequence[TrainableParameter | None]) -> list[TrainableParameter]:
     """Leave out the frozen ones."""
     return [place for place in places if place is not None]

@@ -18,8 +18,8 @@ from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.gradients import (
     BatchGradients,
     TrainableParameter,
-    _accumulate_factored,
-    _Uses,
+    Uses,
+    accumulate_factored,
 )
 from securetune_kernels.numerics import full_precision
 
@@ -32,7 +32,7 @@ _SAME_LOW_PRECISION = 0.05
 class Taker(Protocol):
     """What a pass does with a parameter's factors as soon as a layer gave them."""
 
-    def take(self, place: TrainableParameter, factored: dict[int, _Uses]) -> None:
+    def take(self, place: TrainableParameter, factored: dict[int, Uses]) -> None:
         """Take what is needed of ``factored[place.index]``, and remove it where that is all."""
         ...
 
@@ -55,12 +55,12 @@ class TwoPassGradients(BatchGradients):
         rows: Tensor,
         row_columns: dict[int, tuple[int, int]],
         unit_index: Tensor | None,
-        run_again: Callable[[Taker | None], dict[int, _Uses]],
+        run_again: Callable[[Taker | None], dict[int, Uses]],
     ) -> None:
         super().__init__(parameters, rows, row_columns, {}, unit_index)
         self._measured: dict[int, Tensor] = {}  # [U]: squared norms by the parameter's index
         self._prints: dict[int, Tensor] = {}  # [2, 2, B]: what the factors were, by the parameter's index
-        self._run_again: Callable[[Taker | None], dict[int, _Uses]] | None = run_again
+        self._run_again: Callable[[Taker | None], dict[int, Uses]] | None = run_again
 
     def squared_norms(self, group_of: Sequence[int] | None = None, num_groups: int = 1) -> Tensor:
         """Square the L2 norm of every unit's summed gradient, as :class:`BatchGradients` does.
@@ -107,7 +107,7 @@ class TwoPassGradients(BatchGradients):
         self._factored = {}
         return rows
 
-    def _take_second_pass(self) -> Callable[[Taker | None], dict[int, _Uses]]:
+    def _take_second_pass(self) -> Callable[[Taker | None], dict[int, Uses]]:
         if self._run_again is None:
             raise PrivacyError(
                 "the second pass of these gradients has run, and freed the graph. With passes=2 call "
@@ -132,7 +132,7 @@ class Measuring:
         self.found: set[int] = set()
         self._batch, self._repeated = batch, repeated
 
-    def take(self, place: TrainableParameter, factored: dict[int, _Uses]) -> None:
+    def take(self, place: TrainableParameter, factored: dict[int, Uses]) -> None:
         """Take the norms, unless another use may come."""
         if place.index in self._repeated:
             return
@@ -142,13 +142,13 @@ class Measuring:
         else:
             self._measure(place.index, uses)
 
-    def finish(self, factored: dict[int, _Uses]) -> None:
+    def finish(self, factored: dict[int, Uses]) -> None:
         """Take the norms of the parameters that were used more than once."""
         for index, uses in factored.items():
             self._measure(index, uses)
         factored.clear()
 
-    def _measure(self, index: int, uses: _Uses) -> None:
+    def _measure(self, index: int, uses: Uses) -> None:
         with full_precision():
             self._batch._measured[index] = self._batch._factored_norms(uses)
             self._batch._prints[index] = _print(uses, self._batch._rows.dtype)
@@ -166,7 +166,7 @@ class _Summing:
         self._weights = factors.to(batch._rows.dtype)[batch.unit_index]  # [B, G]
         self._kept = [(self._weights[:, g] != 0).nonzero().flatten() for g in range(factors.shape[1])]
 
-    def take(self, place: TrainableParameter, factored: dict[int, _Uses]) -> None:
+    def take(self, place: TrainableParameter, factored: dict[int, Uses]) -> None:
         """Add this use of the parameter."""
         uses, index = factored.pop(place.index), place.index
         group = 0 if self._group_of is None else self._group_of[index]
@@ -176,7 +176,7 @@ class _Summing:
         with full_precision():
             self._prints[index][:, 0] -= _print(uses, self._weights.dtype)[:, 0]
             self._tolerances[index] = max(self._tolerances.get(index, 0.0), _tolerance(uses))
-            _accumulate_factored(uses, keep, weights, self._out[place.start : place.stop])
+            accumulate_factored(uses, keep, weights, self._out[place.start : place.stop])
 
     def finish(self, parameters: Sequence[TrainableParameter]) -> None:
         """Refuse a second pass through other values than those that were measured.
@@ -194,13 +194,13 @@ class _Summing:
                 _refuse_other_values(parameters[index])
 
 
-def _print(uses: _Uses, dtype: torch.dtype) -> Tensor:
+def _print(uses: Uses, dtype: torch.dtype) -> Tensor:
     # each sample's inputs and output gradients on fixed waves, and their sizes: [2, 2, B]
     inputs = [use[0] for use in (*uses.dense, *uses.routed)]
     return torch.stack([_project(part, dtype, uses) for part in (inputs, _output_gradients(uses))])
 
 
-def _project(tensors: Sequence[Tensor], dtype: torch.dtype, uses: _Uses) -> Tensor:
+def _project(tensors: Sequence[Tensor], dtype: torch.dtype, uses: Uses) -> Tensor:
     samples = _output_gradients(uses)[0]
     total = torch.zeros(2, len(samples), dtype=dtype, device=samples.device)
     for tensor in tensors:
@@ -211,7 +211,7 @@ def _project(tensors: Sequence[Tensor], dtype: torch.dtype, uses: _Uses) -> Tens
     return total
 
 
-def _output_gradients(uses: _Uses) -> list[Tensor]:
+def _output_gradients(uses: Uses) -> list[Tensor]:
     return [use[1] for use in (*uses.dense, *uses.lookups, *uses.routed)]
 
 
@@ -220,7 +220,7 @@ def _wave(length: int, like: Tensor) -> Tensor:
     return torch.sin(steps.square() * 0.6180339887).mul_(2**0.5)
 
 
-def _tolerance(uses: _Uses) -> float:
+def _tolerance(uses: Uses) -> float:
     return max(_SAME.get(g.dtype, _SAME_LOW_PRECISION) for g in _output_gradients(uses))
 
 

@@ -66,7 +66,12 @@ TRUNCATED = {
         (
             {"privacy.clipping": {**GROUPS, "groups": {"*": 0.0}}},
             "privacy.clipping.groups",
-            "must be > 0, got 0.0",
+            "must be > 0, got 0.0 for '*'.",
+        ),
+        (
+            {"privacy.clipping": {**GROUPS, "groups": {"*.a": -1.0, "*.b": 0.0}}},
+            "privacy.clipping.groups",
+            "must be > 0, got -1.0 for '*.a'.",
         ),
         (
             {"privacy.num_units": 1000},
@@ -96,7 +101,7 @@ TRUNCATED = {
         (
             {**TRUNCATED, "privacy.num_units": 40},
             "privacy.num_units",
-            "must be at least the largest batch (56), got 40.",
+            "must be at least the largest batch (56), got 40. Raise it to at least the number of training",
         ),
         (
             {"privacy.sampling": "fixed_size", "privacy.num_units": 500},

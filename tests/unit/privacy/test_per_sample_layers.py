@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from securetune.privacy.clipping import ROUNDING_EXCESS
 from securetune.privacy.per_sample import BatchGradients, PerSampleGradients
 from securetune.privacy.per_sample.functional import FunctionalPath
-from securetune.privacy.per_sample.gradients import TrainableParameter, _Uses
+from securetune.privacy.per_sample.gradients import TrainableParameter, Uses
 from securetune.privacy.per_sample.norms import RmsNormPath
 from tests.per_sample_oracle import assert_exact, one_by_one, random_parameters, square_losses
 
@@ -377,7 +377,7 @@ class TestNormsUnderCancellation:
     """Float32 norms where positions, samples of a unit or two uses of a tied table cancel almost wholly."""
 
     @staticmethod
-    def norms(uses: _Uses, shape: tuple[int, int], unit_index: torch.Tensor | None = None):
+    def norms(uses: Uses, shape: tuple[int, int], unit_index: torch.Tensor | None = None):
         weight = nn.Parameter(torch.zeros(shape))
         place = TrainableParameter("w", weight, 0, 0, weight.numel())
         samples = len((uses.dense or uses.lookups)[0][0])
@@ -386,7 +386,7 @@ class TestNormsUnderCancellation:
         return found
 
     @staticmethod
-    def truth(uses: _Uses, shape: tuple[int, int]) -> torch.Tensor:
+    def truth(uses: Uses, shape: tuple[int, int]) -> torch.Tensor:
         total = torch.zeros(len((uses.dense or uses.lookups)[0][0]), *shape, dtype=torch.float64)
         for a, g in uses.dense:
             total += g.double().transpose(1, 2) @ a.double()
@@ -404,7 +404,7 @@ class TestNormsUnderCancellation:
     def test_positions_that_cancel(self, left, size, pairs, scale, seed):
         a, g = randn(4, pairs, size[1], seed=seed), 10**scale * randn(4, pairs, size[0], seed=seed + 1)
         rest = 10**left * randn(4, pairs, size[0], seed=seed + 2)
-        uses = _Uses(dense=[(torch.cat([a, a], dim=1).float(), torch.cat([g, rest - g], dim=1).float())])
+        uses = Uses(dense=[(torch.cat([a, a], dim=1).float(), torch.cat([g, rest - g], dim=1).float())])
         expected = self.truth(uses, size).flatten(1).norm(dim=1)
         assert (self.norms(uses, size) >= expected * (1 - ROUNDING_EXCESS)).all()
 
@@ -426,7 +426,7 @@ class TestNormsUnderCancellation:
             lookup = (ids.repeat(1, 2), torch.cat([10 * a, -10 * a], dim=1) + lookup_g)
         else:
             dense, lookup = (a, one_hot + rest), (ids, -a)
-        uses = _Uses(dense=[tuple(part.float() for part in dense)], lookups=[(lookup[0], lookup[1].float())])
+        uses = Uses(dense=[tuple(part.float() for part in dense)], lookups=[(lookup[0], lookup[1].float())])
         expected = self.truth(uses, size).flatten(1).norm(dim=1)
         assert (self.norms(uses, size) >= expected * (1 - ROUNDING_EXCESS)).all()
 
@@ -435,12 +435,12 @@ class TestNormsUnderCancellation:
     def test_samples_of_one_unit_that_cancel(self, left, tokens, seed):
         a, g = randn(1, tokens, 40, seed=seed), randn(1, tokens, 40, seed=seed + 1)
         rest = 10**left * randn(1, tokens, 40, seed=seed + 2)
-        uses = _Uses(dense=[(torch.cat([a, a]).float(), torch.cat([g, rest - g]).float())])
+        uses = Uses(dense=[(torch.cat([a, a]).float(), torch.cat([g, rest - g]).float())])
         expected = self.truth(uses, (40, 40)).sum(dim=0).norm()
         found = self.norms(uses, (40, 40), torch.tensor([0, 0]))
         assert float(found) >= float(expected) * (1 - ROUNDING_EXCESS)
 
     def test_norms_without_cancellation_are_tight(self):
-        uses = _Uses(dense=[(randn(4, 8, 40).float(), randn(4, 8, 40, seed=3).float())])
+        uses = Uses(dense=[(randn(4, 8, 40).float(), randn(4, 8, 40, seed=3).float())])
         expected = self.truth(uses, (40, 40)).flatten(1).norm(dim=1)
         torch.testing.assert_close(self.norms(uses, (40, 40)), expected, rtol=1e-5, atol=0.0)

@@ -1,0 +1,104 @@
+"""Where each trainable parameter lies: in the flat vector, and in the buffer of written rows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from securetune.errors import PrivacyError
+from securetune.privacy.per_sample.gradients import TrainableParameter
+from securetune.privacy.per_sample.paths import Path
+
+# What wrappers put into parameter names: torch.compile, FSDP, activation checkpointing, DDP.
+_WRAPPER_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
+    """Find a model's trainable parameters, in canonical order: that of ``model.named_parameters()``.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        At least one, with names without those of wrappers.
+
+    Raises:
+        PrivacyError: If there is none, or they are on several devices.
+    """
+    places: list[TrainableParameter] = []
+    start = 0
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        for inserted in _WRAPPER_NAMES:
+            name = name.replace(inserted, "")
+        places.append(TrainableParameter(name, parameter, len(places), start, start + parameter.numel()))
+        start = places[-1].stop
+    if not places:
+        raise PrivacyError(
+            "the model has no trainable parameter. Unfreeze some (requires_grad_(True)), or add adapters "
+            "with peft.get_peft_model(model, LoraConfig(...))."
+        )
+    devices = {str(place.parameter.device) for place in places}
+    if len(devices) > 1 or "meta" in devices:
+        raise PrivacyError(
+            f"trainable parameters must be on one device, got {', '.join(sorted(devices))}. Move the model "
+            "first."
+        )
+    return places
+
+
+def count_owners(model: nn.Module) -> dict[int, int]:
+    """Count the modules that own each parameter, by its id: more than one where it is tied."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return owners
+
+
+def lay_out_rows(
+    parameters: Sequence[TrainableParameter], paths: Sequence[Path]
+) -> dict[int, tuple[int, int]]:
+    """Give a range of buffer columns to each parameter whose path writes rows.
+
+    Args:
+        parameters: The trainable parameters in canonical order.
+        paths: All paths.
+
+    Returns:
+        First and last column, exclusive, by the parameter's index.
+    """
+    written = {place.index for path in paths for place in path.row_places()}
+    columns: dict[int, tuple[int, int]] = {}
+    start = 0
+    for place in parameters:
+        if place.index in written:
+            columns[place.index] = (start, start + place.parameter.numel())
+            start += place.parameter.numel()
+    return columns
+
+
+def flatten(parameters: Sequence[TrainableParameter]) -> nn.Parameter:
+    """Make the trainable parameters views of a single one.
+
+    Args:
+        parameters: In canonical order; their data is replaced.
+
+    Returns:
+        ``[P]``, of their dtype.
+
+    Raises:
+        PrivacyError: If their dtypes differ.
+    """
+    dtypes = {place.parameter.dtype for place in parameters}
+    if len(dtypes) > 1:
+        raise PrivacyError(
+            f"flat_params needs one dtype, the trainable parameters have {', '.join(map(str, dtypes))}. Give "
+            "the optimizer the parameters themselves."
+        )
+    flat = nn.Parameter(torch.cat([place.parameter.detach().flatten() for place in parameters]))
+    for place in parameters:
+        place.parameter.data = flat.data[place.start : place.stop].view_as(place.parameter)
+    return flat

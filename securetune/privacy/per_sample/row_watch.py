@@ -1,0 +1,95 @@
+"""How many rows the running forward pass has, as the arguments of its modules tell.
+
+A layer's input does not always tell the number of samples: position ids often come as ``[1, T]``, one row
+for all of them, and the lookup is then done per sample; images are split into windows.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from securetune.errors import PrivacyError
+from securetune.privacy.per_sample.functional import FunctionalPath
+from securetune.privacy.per_sample.paths import Path
+
+_BATCH_ARGUMENTS = ("input_ids", "inputs_embeds", "hidden_states", "pixel_values")
+
+
+class RowWatch:
+    """Watch the arguments of a model, and of the modules above embeddings and above functional paths.
+
+    Args:
+        model: The model.
+        paths: Its paths.
+
+    Attributes:
+        batch_rows: Number of samples in the running forward pass; None where no argument told.
+        nearest_rows: Number of rows that the innermost watched module got: windows of images, where it splits
+            them.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[Path]) -> None:
+        self.batch_rows: int | None = None
+        self.nearest_rows: int | None = None
+        modules = dict(model.named_modules())
+        above_embeddings: set[str] = {""}
+        above: set[str] = {""}
+        for path in paths:
+            parts = path.name.split(".")
+            names = {name for i in range(len(parts)) if (name := ".".join(parts[:i])) in modules}
+            if isinstance(path.module, nn.Embedding):
+                above_embeddings |= names
+            if isinstance(path.module, nn.Embedding) or isinstance(path, FunctionalPath):
+                above |= names
+        modules[""] = model
+
+        def watch(name: str) -> Any:
+            is_root, tells_samples = name == "", name in above_embeddings
+
+            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if not torch.is_grad_enabled():
+                    if is_root:  # an evaluation, of another number of rows
+                        self.nearest_rows = None
+                    return
+                named = [kwargs[key] for key in _BATCH_ARGUMENTS if isinstance(kwargs.get(key), Tensor)]
+                tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+                rows = next((value.shape[0] for value in [*named, *tensors] if value.ndim >= 2), None)
+                # inner modules may be called with one row for all samples, which tells nothing
+                if rows is not None and (named or is_root or rows > 1):
+                    self.nearest_rows = rows
+                    if tells_samples:
+                        self.batch_rows = rows
+
+            untraced: Any = torch.compiler.disable(note)
+            return modules[name].register_forward_pre_hook(untraced, with_kwargs=True)
+
+        self._hooks = [watch(name) for name in sorted(above)]
+
+    def forget(self) -> None:
+        """Forget the pass, once it is differentiated."""
+        self.batch_rows = self.nearest_rows = None
+
+    def detach(self) -> None:
+        """Stop watching."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def not_by_sample(name: str, found: int, samples: int) -> PrivacyError:
+    """Explain why a layer's gradient can't be split by sample.
+
+    Args:
+        name: The layer's name.
+        found: Rows that it saw.
+        samples: Samples in the batch.
+
+    Returns:
+        The error to raise.
+    """
+    return PrivacyError(
+        f"layer {name} saw {found} rows where the batch has {samples} samples, so its gradient can't be "
+        "split by sample. Give it batch-first input, one row per sample, or freeze it; packed rows are not "
+        "supported here."
+    )
