@@ -26,9 +26,10 @@ SMALL_GRAM_WARPS = 4
 NORM_TOKENS = 16
 NORM_FEATURES = 128
 NORM_WARPS = 4
-# Tensor cores add up 16 products at a time and may round each sum toward zero, so a long sum comes out short.
-# So many units in the last place for each such addition, which is at least the root of the length for
-# float32.
+# Tensor cores add up 16 products at a time and may round each sum toward zero (Fasi et al. 2021,
+# https://doi.org/10.7717/peerj-cs.330), so a long sum comes out short: one unit in the last place for each
+# such addition. Float32 products are added one by one and rounded to nearest: expect the root of their
+# number. The larger of both is stated.
 PRODUCTS_PER_ADDITION = 16
 
 
@@ -242,7 +243,8 @@ def linear_grad_norms_triton(a: Tensor, g: Tensor, *, segments: Segments | None 
     with on_device_of(a):
         partial_squares, partial_lengths, longest_sum = launch(a, g, layout)
         squared, lengths = (add_up(partials) for partials in (partial_squares, partial_lengths))
-    rounding = torch.finfo(torch.float32).eps * longest_sum / PRODUCTS_PER_ADDITION
+    num_roundings = max(longest_sum / PRODUCTS_PER_ADDITION, longest_sum**0.5)
+    rounding = torch.finfo(torch.float32).eps * num_roundings
     return LinearGradNorms(squared, lengths, rounding)
 
 

@@ -14,7 +14,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from securetune.errors import PrivacyError
-from securetune.privacy.per_sample.gradients import TrainableParameter
+from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
+from securetune_kernels import per_sample_sums
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -143,8 +144,9 @@ class DensePath(Path):
         return y if bias is None else recorded(self, y, lambda g: self._record_bias(bias, g))
 
     def _record_bias(self, bias: TrainableParameter, g: Tensor) -> None:
-        by_sample = self.engine.by_sample(g, self.name)
-        self.engine.record_rows(bias, sum_positions(by_sample, self.engine.compute_dtype), self.name)
+        g = as_3d(self.engine.by_sample(g, self.name))
+        (rows,), is_added = self.engine.rows_to_write(bias)
+        per_sample_sums(g, rows, accumulate=is_added)
 
 
 class EmbeddingPath(Path):
