@@ -1,4 +1,4 @@
-"""Every op of the private step in one table: the least time that the chip allows, and the measured one.
+"""Every op in one table: the measured time, and for most of them the least time that the chip allows.
 
 Predictions are marked so: the bytes and operations of each call over the ceilings of the chip's data sheet,
 an H100's where no GPU is. No kernel reaches them, so a prediction is a bound, not a promise.
@@ -28,6 +28,7 @@ OPS = (
     "clipped_linear_grad",
     "clip_and_accumulate",
     "embedding_grad_norms",
+    "per_sample_sums",
     "pgd_step",
 )
 GPU = torch.device("cuda")
@@ -38,7 +39,7 @@ INTEGER_PER_NORMAL = {"chacha20": (10 * 8 * 12 + 16) / 8, "philox": 10 * 10 / 2}
 
 
 def run(context: Context) -> Iterable[Result]:
-    """Predict every op, then measure those that this machine runs."""
+    """Predict the ops whose bytes and operations are counted, then measure all that this machine runs."""
     is_gpu = context.device.type == "cuda"
     chip = chip_named(device_name(context.device)) if is_gpu else H100
     predicted = [] if chip is None else [(work, least_seconds(work, chip)) for work in works()]
