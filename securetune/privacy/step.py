@@ -148,9 +148,6 @@ class PrivateStep(OrdinaryStep):
         self.noise_multiplier = noise_multiplier
         self._group_of = clipping.assign(grads.parameter_names())
         clipping.noise_stddev(noise_multiplier)  # refuses before anything is charged
-        if isinstance(ledger, WholeRunCharge):
-            ledger.begin_run()
-        noise.begin_run()
         self._noise = noise
         self._ledger = ledger
         self._reduction = reduction or SingleProcess()
@@ -159,6 +156,10 @@ class PrivateStep(OrdinaryStep):
         may_fuse = reduction is None and (self.summed.is_cuda if fused is None else fused)
         is_possible = fused or why_not_fused(grads, optimizer, noise) is None
         self._fused = FusedUpdate(grads, optimizer, noise) if may_fuse and is_possible else None
+        # last of what may refuse: a step that is not made leaves its noise to another
+        if isinstance(ledger, WholeRunCharge):
+            ledger.begin_run()
+        noise.begin_run()
         self._steps_finished = 0
         self._public: Tensor | None = None  # [P], the weighted public gradient of this step
         self._private_ids: set[Hashable] = set()

@@ -123,6 +123,11 @@ def test_separate_parameters_and_correlated_noise_are_refused():
     }  # fmt: skip
     with pytest.raises(PrivacyError, match="does not own"):
         PrivateStep(grads, torch.optim.SGD(parameters, lr=0.1), noise=NoiseSource(), **options)
+    noise = NoiseSource()
+    with pytest.raises(PrivacyError, match="does not own"):
+        PrivateStep(grads, torch.optim.SGD(parameters, lr=0.1), noise=noise, **options)
+    unfused = {**options, "clipping": FlatClipping(0.7), "fused": False}
+    PrivateStep(grads, torch.optim.SGD(parameters, lr=0.1), noise=noise, **unfused)  # it is still unused
     correlated = object.__new__(CorrelatedNoise)
     assert "CorrelatedNoise is not independent" in str(
         why_not_fused(grads, torch.optim.SGD([grads.flat_params], lr=0.1), correlated)
