@@ -212,8 +212,13 @@ class PrivateStep(OrdinaryStep):
         batch = self.grads.backward(losses, unit_ids)
         rows = batch.flat_rows
         clipping, summed = self.clipping, self._sum.summed
-        is_flat = summed is not None and rows is not None and rows.dtype == torch.float32
-        if is_flat and type(clipping) is FlatClipping and not num_padding:
+        if (
+            type(clipping) is FlatClipping
+            and summed is not None
+            and rows is not None
+            and rows.dtype == torch.float32
+            and not num_padding
+        ):
             norms = clip_and_accumulate(rows, summed, clipping.max_grad_norm)
             clipping.factors(norms.double().square()[:, None])  # it counts the clipped ones
             return norms
