@@ -50,7 +50,9 @@ class Processes:
         self._group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         members = dist.get_process_group_ranks(group) if group is not None else None
-        self._side = dist.new_group(members, timeout=timeout, backend="gloo")
+        side = dist.new_group(members, timeout=timeout, backend="gloo")
+        assert isinstance(side, dist.ProcessGroup)
+        self._side = side
         self._timeout = timeout
         self.sent: dict[str, int] = {}
 
@@ -68,9 +70,8 @@ class Processes:
         except RuntimeError as error:
             raise MachineError(
                 f"process {self.rank} of {self.size} waited {self._timeout.total_seconds():.0f} s before "
-                f"{what}, and others did not come: {_missing_ranks(str(error))}. They failed, were killed, or "
-                "hang: look for the first error in their output. Nothing was released in this step; start "
-                "again with --resume."
+                f"{what}, and others did not come: {_missing_ranks(str(error))}. They failed, were killed or "
+                "hang: look for the first error in their output, then start again with --resume."
             ) from error
 
     def sum_shards(self, whole: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -1,8 +1,8 @@
 """FSDP2: parameters, accumulators and optimizer state are sharded; each shard gets its own noise.
 
 ``torch.distributed.fsdp.fully_shard`` splits every parameter by rows. A process sums a block's clipped
-gradient over its own samples, the blocks' sums are reduced straight into the shards' float32 accumulators, and
-what is released becomes the shard's ``.grad``, which any optimizer over the sharded parameters uses.
+gradient over its own samples, the blocks' sums are reduced straight into the shards' float32 accumulators,
+and what is released becomes the shard's ``.grad``, which any optimizer over the sharded parameters uses.
 """
 
 import re
@@ -117,8 +117,8 @@ def _require_shard_by_rows(place: TrainableParameter, processes: Processes) -> N
         )
     if tuple(parameter.placements) != (Shard(0),) or parameter.device_mesh.size() != processes.size:
         raise PrivacyError(
-            f"{place.name} is laid out as {parameter.placements} over {parameter.device_mesh}; only rows over "
-            f"all {processes.size} processes (one mesh dimension, Shard(0)) are supported. Leave out hybrid "
+            f"{place.name} is laid out as {parameter.placements} over {parameter.device_mesh}; only rows "
+            f"over all {processes.size} processes (one mesh dimension, Shard(0)) are supported. Leave out hybrid "
             "sharding and tensor parallelism."
         )
 

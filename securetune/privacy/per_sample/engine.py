@@ -74,6 +74,8 @@ class PerSampleGradients:
         self.model = model
         self.passes = passes
         self.parameters = trainable_parameters(model)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model.require_backward_grad_sync = False  # it would fill every .grad: clipped sums are reduced
         self._place = {id(place.parameter): place for place in self.parameters}
         self._is_sharded = any(is_sharded(place.parameter) for place in self.parameters)
         self.agree_on_most: Callable[[int], int] | None = None
