@@ -92,7 +92,7 @@ class Processes:
             dist.reduce_scatter_tensor(out, whole, group=self._group)
             return out
         longest = max(sizes)
-        if self.size * longest > 2 * len(whole):  # padding would move more than it is worth
+        if self.size * longest >= 2 * len(whole):  # padding would move twice as much, or more
             parts = whole.split(list(sizes))
             for rank, part in enumerate(parts):
                 if len(part):

@@ -120,7 +120,7 @@ class Zero(SingleProcess):
         _refuse_settings(self._engine)
         if optimizer is not self._engine.optimizer:
             raise PrivacyError(
-                f"the private step got a {type(optimizer).__name__} that is not the engine's optimizer. Give "
+                f"the private step got {type(optimizer).__name__}, which is not the engine's optimizer. Give "
                 "it engine.optimizer: accelerate's wrapper does not step, and what deepspeed.initialize was "
                 "given updates nothing on its own."
             )
@@ -211,9 +211,10 @@ def _refuse_settings(engine: Any) -> None:
         problems.append(f"the loss scale is {optimizer.loss_scale:g}: it must be 1")
     clip = max(engine.gradient_clipping(), getattr(optimizer, "clip_grad", 0.0))
     if clip > 0:
+        default = " (DeepSpeed's default)" if clip == 1 else ""
         problems.append(
-            f"gradient_clipping is {clip:g}, where nothing is set too: it would scale the noisy sum by its "
-            "norm. Set it to 0.0 (not to auto); privacy.max_grad_norm clips each sample"
+            f"gradient_clipping is {clip:g}{default}: it would scale the noisy sum by its norm. Set it to 0 "
+            "(not to auto); privacy.max_grad_norm clips each sample"
         )
     steps = engine.gradient_accumulation_steps()
     if steps != 1:
