@@ -1,7 +1,6 @@
 """Starting a recipe: the one-process command, and what a launcher started this process as."""
 
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ from securetune.config.deepspeed_rules import broken_options, read_deepspeed_fil
 from securetune.config.schema import Recipe
 from securetune.errors import ConfigError
 
-Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-STRATEGIES: tuple[Strategy, ...] = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+StrategyName = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+STRATEGIES: tuple[StrategyName, ...] = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 # launchers that say in a variable of their own how many processes they started
 _OTHER_COUNTS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-_PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,10 @@ class Launch:
         local_world_size: Number of processes on this machine.
         offload_optimizer: Optimizer state lives in the memory of the CPU, where the engine updates.
         offload_parameters: Weights wait in the memory of the CPU.
-        mixed_precision: ``"bf16"`` where the launcher asks for it.
+        mixed_precision: ``"bf16"`` where DeepSpeed shall keep weights in it, with float32 masters.
     """
 
-    strategy: Strategy
+    strategy: StrategyName
     world_size: int = 1
     rank: int = 0
     local_rank: int = 0
@@ -81,29 +79,6 @@ def launch_command(
         os.fspath(script),
         *arguments,
     ]
-
-
-def require_single_process(environment: Mapping[str, str] | None = None) -> None:
-    """Refuse to run as one of several processes: sampling, noise and the ledger are not distributed yet.
-
-    Call it before anything is loaded.
-
-    Args:
-        environment: The environment variables; None takes this process's own.
-
-    Raises:
-        ConfigError: With the command that starts one process.
-    """
-    variables = os.environ if environment is None else environment
-    for name in _PROCESS_COUNTS:
-        count = variables.get(name, "")
-        if count.isdecimal() and int(count) > 1:
-            arguments = [os.path.relpath(sys.argv[0]) if sys.argv[0] else "recipes/harden.py", *sys.argv[1:]]
-            raise ConfigError(
-                f"{count} processes were started ({name}={count}), but training runs in one process so far: "
-                "noise and ledger of several would not agree. Start it with\n"
-                f"  accelerate launch --num_processes 1 {shlex.join(arguments)}"
-            )
 
 
 def read_launch(environment: Mapping[str, str] | None = None, recipe: Recipe | None = None) -> Launch:
@@ -158,12 +133,12 @@ def examine_launch(
         mixed_precision = plugin.mixed_precision
     elif is_fsdp:
         settings += launch_rules.FSDP
-        if mixed_precision == "bf16":
-            settings.remove(launch_rules.ALWAYS[0])  # FSDP has a stricter rule of its own
         strategy = "fsdp2"
         offload_parameters = offload_optimizer = launch_rules.flag(environment, "FSDP_OFFLOAD_PARAMS")
     else:
         strategy = "ddp" if places["world_size"] > 1 else "single"
+    if mixed_precision == "bf16" and not is_deepspeed:
+        settings.append(launch_rules.BFLOAT16)
     problems += launch_rules.broken_settings(environment, settings)
     if recipe is not None:
         problems += _contradictions(mixed_precision, recipe)
@@ -204,8 +179,8 @@ class _DeepSpeed:
             wants_bf16 = self.mixed_precision == "bf16"
             is_bf16 = _option(values, "bf16.enabled", missing=wants_bf16, auto=wants_bf16)
             self.mixed_precision = "bf16" if is_bf16 else "no"
-        stages: dict[str, Strategy] = {"1": "zero1", "2": "zero2", "3": "zero3"}
-        self.strategy: Strategy = stages.get(stage, "zero2")
+        stages: dict[str, StrategyName] = {"1": "zero1", "2": "zero2", "3": "zero3"}
+        self.strategy: StrategyName = stages.get(stage, "zero2")
         self.offload_optimizer = optimizer != "none"
         self.offload_parameters = parameters != "none"
         if self.offload_parameters and stage != "3":

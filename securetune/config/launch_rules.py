@@ -67,6 +67,15 @@ ALWAYS = (
         "Remove it; there are ddp, fsdp2, zero1, zero2 and zero3.",
     ),
 )
+BFLOAT16 = Setting(
+    "ACCELERATE_MIXED_PRECISION",
+    "mixed_precision",
+    "no",
+    ("no",),
+    "model.dtype in the recipe decides what layers compute in, and with FSDP accelerate would reduce "
+    "clipped sums in that format",
+    "Set it to 'no', and model.dtype to 'bfloat16' if you want that.",
+)
 PARALLELISM = tuple(
     Setting(f"PARALLELISM_CONFIG_{name}_SIZE", f"parallelism_config_{name.lower()}_size", "1", ("1",), reason)
     for name, reason in (
@@ -83,14 +92,6 @@ FSDP = (
         "1",
         ("2",),
         "FSDP 1 flattens parameters, so that layers have no weights of their own to read gradients of",
-    ),
-    Setting(
-        "ACCELERATE_MIXED_PRECISION",
-        "mixed_precision",
-        "no",
-        ("no",),
-        "with FSDP accelerate reduces gradients in that format too, and clipped sums are float32",
-        "Set it to 'no'; model.dtype in the recipe decides what layers compute in.",
     ),
     Setting(
         "FSDP_IGNORED_MODULES",

@@ -7,7 +7,7 @@ largest layer and of what is outside of layers (embeddings, head):
 strategy  weights      sums of gradients      optimizer  gathered for use
 ========  ===========  =====================  =========  ==============================
 single    bF + 4P      4P                     8P         -
-ddp       bF + 4P      4P                     8P         -
+ddp       bF + 4P      8P                     8P         -
 zero1     bF + 4P      4P                     12P / W    -
 zero2     bF + 4P      4P / W + one layer     12P / W    -
 zero3     (bF+4P) / W  4P / W + one layer     12P / W    at most 10^9 weights
@@ -15,15 +15,17 @@ fsdp2     (bF+4P) / W  4P / W + one layer     8P / W     outside of layers + two
 ========  ===========  =====================  =========  ==============================
 
 Adam keeps two float32 moments for each trained weight; DeepSpeed's optimizers keep a float32 master too.
-ZeRO-3 keeps up to 10^9 weights gathered (its ``stage3_max_live_parameters``), so small models stay whole.
-Under every strategy a process also holds the activations of a micro-batch and the gradients of its records.
+Replicas under DDP hold the sum and what is released of it; elsewhere both are in one place. ZeRO-3 keeps up
+to 10^9 weights gathered (its ``stage3_max_live_parameters``), so small models stay whole. Under every strategy
+a process also holds the activations of a micro-batch and the gradients of its records.
 """
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from securetune.config.launch import STRATEGIES, Strategy
+from securetune.config.launch import STRATEGIES, StrategyName
 from securetune.config.schema import Recipe
+from securetune.training.strategy import blocks_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -92,7 +94,7 @@ class RankMemory:
         process: The process itself.
     """
 
-    strategy: Strategy
+    strategy: StrategyName
     weights: int
     sums: int
     optimizer: int
@@ -111,7 +113,7 @@ class RankMemory:
         return {**asdict(self), "total": self.total}
 
 
-def rank_memory(strategy: Strategy, num_processes: int, size: ModelSize) -> RankMemory:
+def rank_memory(strategy: StrategyName, num_processes: int, size: ModelSize) -> RankMemory:
     """Count the memory of one process.
 
     Args:
@@ -124,7 +126,7 @@ def rank_memory(strategy: Strategy, num_processes: int, size: ModelSize) -> Rank
     """
     is_sharded = strategy in ("fsdp2", "zero3")
     whole, trained = size.bytes_of(size.whole), _FLOAT32 * size.whole.trained
-    sums = trained
+    sums = 2 * trained if strategy == "ddp" else trained
     if is_sharded or strategy == "zero2":
         one_layer = _FLOAT32 * max(size.layer.trained, size.outside.trained)
         sums = _share(trained, num_processes) + one_layer
@@ -242,12 +244,8 @@ def measure_size(
     per_token = num_layers * (_HIDDEN_VECTORS * hidden + _FEED_FORWARD_VECTORS * feed_forward) * item
     rows = max(1, recipe.training.micro_batch_tokens // max(1, round(tokens_per_record)))
     total = sum(parameter.numel() for parameter in base.model.parameters())
-    names = set(getattr(base.model, "_no_split_modules", None) or ())
-    layers = [
-        sum(parameter.numel() for parameter in module.parameters())
-        for module in base.model.modules()
-        if type(module).__name__ in names
-    ] or [total]
+    blocks = blocks_of(base.model)
+    layers = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks] or [total]
     return ModelSize(
         whole=Weights(total, num_trained),
         layer=Weights(max(layers), _share(num_trained, len(layers))),

@@ -127,6 +127,15 @@ def test_refused_under_every_strategy(base, change, message):
     assert message in refusal({**base, **change})
 
 
+@pytest.mark.parametrize("base", [{}, TWO, FSDP], ids=["single", "ddp", "fsdp2"])
+def test_bf16_is_the_recipes_choice(base):
+    message = refusal({**base, "ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert (
+        "mixed_precision is bf16 (ACCELERATE_MIXED_PRECISION): model.dtype in the recipe decides" in message
+    )
+    assert "Set it to 'no', and model.dtype to 'bfloat16' if you want that." in message
+
+
 @pytest.mark.parametrize("name", ["TP", "CP", "SP", "DP_REPLICATE"])
 def test_other_parallelism_is_refused(name):
     environment = {**FSDP, f"PARALLELISM_CONFIG_{name}_SIZE": "2"}
@@ -142,7 +151,6 @@ def test_other_parallelism_is_refused(name):
     [
         ({"FSDP_VERSION": "1"}, "fsdp_config.fsdp_version is 1 (FSDP_VERSION)"),
         ({"FSDP_VERSION": None}, "fsdp_version is not set, and accelerate then takes 1"),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "reduces gradients in that format too"),
         ({"FSDP_IGNORED_MODULES": ".*head"}, "the weights of ignored modules are not reduced"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "True"}, "leaves the base model empty on all processes but the"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing is true"),

@@ -35,12 +35,12 @@ FULL = dataclasses.replace(
 BY_HAND = [
     # strategy, weights, sums, optimizer, gathered
     (ADAPTERS, "single", 21_600, 1_600, 3_200, 0),
-    (ADAPTERS, "ddp", 21_600, 1_600, 3_200, 0),
+    (ADAPTERS, "ddp", 21_600, 3_200, 3_200, 0),
     (ADAPTERS, "zero1", 21_600, 1_600, 1_200, 0),
     (ADAPTERS, "zero2", 21_600, 400 + 400, 1_200, 0),
     (ADAPTERS, "zero3", 5_400, 400 + 400, 1_200, 21_600),
     (ADAPTERS, "fsdp2", 5_400, 400 + 400, 800, 4_000 + 2 * 4_400),
-    (FULL, "ddp", 40_000, 40_000, 80_000, 0),
+    (FULL, "ddp", 40_000, 80_000, 80_000, 0),
     (FULL, "zero1", 40_000, 40_000, 30_000, 0),
     (FULL, "zero2", 40_000, 10_000 + 8_000, 30_000, 0),
     (FULL, "zero3", 10_000, 10_000 + 8_000, 30_000, 40_000),
