@@ -48,7 +48,7 @@ ALWAYS = (
         "dynamo_config.dynamo_backend",
         "no",
         ("no",),
-        "compiling merges the layers whose inputs and gradients are read record by record",
+        "recipes compile nothing, and accelerate would let matrix products round to TF32",
     ),
     Setting(
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",

@@ -16,8 +16,8 @@ fsdp2     (bF+4P) / W  4P / W + one layer     8P / W     outside of layers + two
 
 Adam keeps two float32 moments for each trained weight; DeepSpeed's optimizers keep a float32 master too.
 Replicas under DDP hold the sum and what is released of it; elsewhere both are in one place. ZeRO-3 keeps up
-to 10^9 weights gathered (its ``stage3_max_live_parameters``), so small models stay whole. Under every strategy
-a process also holds the activations of a micro-batch and the gradients of its records.
+to 10^9 weights gathered (its ``stage3_max_live_parameters``), so small models stay whole. Under every
+strategy a process also holds the activations of a micro-batch and the gradients of its records.
 """
 
 from dataclasses import asdict, dataclass

@@ -278,6 +278,14 @@ def test_a_deepspeed_file_that_cannot_be_used(tmp_path, content, message):
     assert message in refusal(environment)
 
 
+@pytest.mark.parametrize(("base", "name"), [(FSDP, "fsdp2"), (ZERO, "zero2")])
+def test_early_stopping_needs_whole_weights(base, name):
+    changes = {"training.early_stopping": {"method": "noisy_test", "epsilon": 1.0}, "data.min_held_out": 1200}
+    recipe = sample_recipe(changes)
+    assert f"which are sharded under {name}. Use recipes/accelerate/ddp.yaml" in refusal(base, recipe)
+    assert read_launch(TWO, recipe).strategy == "ddp"
+
+
 def test_bf16_against_a_float32_recipe():
     environment = {**ZERO, "ACCELERATE_MIXED_PRECISION": "bf16"}
     message = refusal(environment, sample_recipe({"model.dtype": "float32"}))
