@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from securetune.config.launch import StrategyName, read_launch
 from securetune.config.schema import Recipe
-from securetune.errors import ConfigError
+from securetune.errors import ConfigError, MachineError
 from securetune.privacy.distributed import DataParallel, FullySharded, Processes
 from securetune.privacy.distributed.collectives import DEFAULT_TIMEOUT
 from securetune.privacy.per_sample import PerSampleGradients
@@ -113,6 +113,28 @@ class Strategy:
             self.on_first(open_it)
             yield opened[0] if opened else RunFolder.follow(recipe)
 
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turn the loss of another process into an error that says what to do.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            MachineError: If another process was killed, failed or hangs.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.processes is None or not _is_lost_contact(error):
+                raise
+            raise MachineError(
+                f"process {self.processes.rank} of {self.processes.size} lost another one in training "
+                f"({str(error).strip().splitlines()[0]}). It was killed, ran out of memory, failed or hangs: "
+                "look for the first error in the output. What was charged stays charged; go on from the last "
+                "save with --resume."
+            ) from error
+
     def finish(self) -> None:
         """Part from the other processes, once all are done with training."""
         if self.processes is not None:
@@ -212,6 +234,13 @@ def start_strategy(recipe: Recipe) -> Strategy:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
     return Strategy(launch.strategy, Processes())
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("connection closed", "connection reset", "timed out", "broken pipe"))
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
