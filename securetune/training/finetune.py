@@ -2,19 +2,18 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
 
 from securetune.adversarial.validity import find_objective, require_private_training_allows
 from securetune.checkpoints import Sealer
 from securetune.config.loader import recipe_digest
 from securetune.config.schema import Recipe
-from securetune.errors import CheckpointError, PrivacyError
-from securetune.models.adapters import adapt, adapter_files, load_adapter
-from securetune.models.base import BaseModel, load_base
-from securetune.models.task import ClassifyHead, GenerateHead
+from securetune.errors import PrivacyError
+from securetune.models.base import BaseModel
 from securetune.privacy.ledger import Ledger
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.step import OrdinaryStep
@@ -36,20 +35,17 @@ from securetune.training.prepare import PreparedData, probe_examples
 from securetune.training.progress import TrainingProgress
 from securetune.training.state import SavedState, load_state, save_state
 from securetune.training.stopping import EarlyStopping, make_score
+from securetune.training.subjects import (
+    checkpoint_of,
+    load_recipe_base,
+    make_head,
+    make_trainable,
+    sealed_files,
+)
 
-if TYPE_CHECKING:
-    from torch import nn
-
-Subject = Literal["base", "plain", "hardened"]
-SUBJECTS: tuple[Subject, ...] = ("base", "plain", "hardened")
 Log = Callable[[dict[str, Any]], None]
 
 _logger = logging.getLogger(__name__)
-
-
-def checkpoint_of(run: RunFolder, subject: Subject) -> Path:
-    """Return the folder of a sealed model; the plain fine-tune's is for measuring only."""
-    return run.checkpoint if subject == "hardened" else run.work / subject
 
 
 def fine_tune(
@@ -88,17 +84,19 @@ def fine_tune(
     """
     if run.has(f"trained_{subject}"):
         return
-    base = load_base(recipe.model)
+    base = load_recipe_base(recipe)
     settings = recipe.training
-    model = adapt(base.model, settings.lora, seed=recipe.seed)
+    model = make_trainable(recipe, base)
     dropout = AdapterDropout(model, seed=recipe.seed)
     head = make_head(recipe, model, base)
-    grads = PerSampleGradients(model)
+    grads = PerSampleGradients(model, passes=settings.passes)
     probes = probe_examples(recipe, base.tokenizer)
     check_gradients(head, grads, probes, label_smoothing=settings.label_smoothing)
     if plan.privacy is not None:  # patterns that fit no parameter are refused before the plain fine-tune
         make_clipping(recipe, noise_multiplier=plan.privacy.noise_multiplier).assign(grads.parameter_names())
     optimizer = make_optimizer(recipe, grads)
+    start = _fingerprint(grads)
+    adversary = _adversary(subject, recipe, head)  # its unit of length is the base model's
     state = run.work / f"{subject}-state"
     owner = {"subject": subject, "recipe": recipe_digest(recipe), "base": base.digest}
     stopping = _early_stopping(subject, recipe, head, grads, data)
@@ -138,7 +136,7 @@ def fine_tune(
             sampler,
             data.train,
             micro_batch_tokens=settings.micro_batch_tokens,
-            adversary=_adversary(subject, recipe, head),
+            adversary=adversary,
             dropout=dropout,
             label_smoothing=settings.label_smoothing,
         )
@@ -164,7 +162,10 @@ def fine_tune(
         model.eval()
         if stopping is not None:
             stopping.restore_best()
-        _refuse_unmoved(grads)
+        if _fingerprint(grads) == start:
+            raise PrivacyError(
+                "what is trained did not move: nothing was learnt. Check the learning rate and the data."
+            )
         public_files = {}
         if ledger is not None:
             if recipe.publish.release_epsilon is not None:
@@ -173,73 +174,12 @@ def fine_tune(
     with access.sealer() as final:
         manifest = final.seal(
             checkpoint_of(run, subject),
-            {"adapter": adapter_files(model, base_name=base.name)},
+            sealed_files(recipe, model, base),
             public_files=public_files,
             metadata=_metadata(subject, recipe, base),
         )
     run.save(f"trained_{subject}", {"manifest": manifest.digest})
     forget(state)
-
-
-def open_model(
-    subject: Subject, recipe: Recipe, run: RunFolder, access: Access
-) -> tuple[Head, BaseModel, str]:
-    """Load a model as it was sealed, ready to be measured.
-
-    Args:
-        subject: Which model.
-        recipe: The recipe.
-        run: The run's folder.
-        access: The run's keys.
-
-    Returns:
-        The model's head, its base, and the SHA-256 of the sealed checkpoint (of the base model itself for the
-        base).
-    """
-    base = load_base(recipe.model)
-    if subject == "base":
-        return make_head(recipe, base.model, base), base, base.digest
-    folder = checkpoint_of(run, subject)
-    with access.open(folder) as vault:
-        digest = vault.manifest.digest
-        if digest != run.load(f"trained_{subject}")["manifest"]:
-            raise CheckpointError(
-                f"{folder} is not the checkpoint that this run sealed as {subject}. Start a new run, or put "
-                "the "
-                "sealed one back."
-            )
-        files = {name: vault.read("adapter", name) for name in vault.names("adapter")}
-    return load_head(recipe, base, files), base, digest
-
-
-def load_head(recipe: Recipe, base: BaseModel, files: Mapping[str, bytes]) -> Head:
-    """Put saved adapters and the recipe's task on a base model.
-
-    Args:
-        recipe: The recipe.
-        base: The base model, changed in place.
-        files: The adapter's files.
-
-    Returns:
-        The head.
-    """
-    return make_head(recipe, load_adapter(base.model, files), base)
-
-
-def make_head(recipe: Recipe, model: "nn.Module", base: BaseModel) -> Head:
-    """Put the recipe's task on a model.
-
-    Args:
-        recipe: The recipe.
-        model: The base model, or the same with adapters.
-        base: The loaded base.
-
-    Returns:
-        The head.
-    """
-    if recipe.task == "classify":
-        return ClassifyHead(model, base.tokenizer, recipe.data.words, prompt=recipe.data.prompt)
-    return GenerateHead(model)
 
 
 def _adversary(subject: str, recipe: Recipe, head: Head) -> Adversary | None:
@@ -344,7 +284,7 @@ def _run_steps(
             if log is not None:
                 log(values)
             if stopping is not None and has_stopped and number < planned:
-                kept = f"the adapters of step {stopping.best_step or number} are kept"
+                kept = f"the weights of step {stopping.best_step or number} are kept"
                 paid = "" if ledger is None else "; its whole epsilon is charged, since data decided when"
                 _logger.warning("training ends early, at step %d of %d; %s%s.", number, planned, kept, paid)
                 break
@@ -367,18 +307,18 @@ def _sealer(access: Access, saved: SavedState | None) -> Sealer:
     return access.sealer(lineage=saved.lineage, generation=saved.next_generation)
 
 
-def _refuse_unmoved(grads: PerSampleGradients) -> None:
-    """LoRA starts with ``B = 0``: adapters that are still zero were never trained."""
-    if not any(bool(place.parameter.any()) for place in grads.parameters if "lora_B" in place.name):
-        raise PrivacyError(
-            "the adapters did not move: nothing was learnt. Check the learning rate and the data."
-        )
+def _fingerprint(grads: PerSampleGradients) -> list[int]:
+    """Sum the bits of every parameter that cannot stay as it is; of adapters, those that start at zero."""
+    starts_at_zero = [place.parameter for place in grads.parameters if "lora_B" in place.name]
+    parameters = starts_at_zero or [place.parameter for place in grads.parameters]
+    return [int(parameter.detach().view(torch.int32).sum()) for parameter in parameters]
 
 
 def _metadata(subject: str, recipe: Recipe, base: BaseModel) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "subject": subject,
         "task": recipe.task,
+        "method": recipe.training.method,
         "recipe_digest": recipe_digest(recipe),
         "base": {"name": base.name, "digest": base.digest, "dtype": str(base.dtype).removeprefix("torch.")},
     }

@@ -1,17 +1,15 @@
 """The plan: noise, budget, time and memory of a run, printed before anything is spent."""
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from securetune.config.schema import Recipe
 from securetune.files import write_atomic
 from securetune.privacy.accounting import PrivacyPlan, plan_privacy
 from securetune.privacy.ledger import LedgerHeader
 from securetune.privacy.statements import noise_statement, sampling_statement
+from securetune.training.estimate import Estimate, estimate_cost
 from securetune.training.folder import NOT_COVERED, RunFolder
 from securetune.training.mechanism import gradient_noise_multiplier, planned_header, privacy_spec
 from securetune.training.stopping import num_checks
@@ -20,32 +18,6 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from securetune.models.base import BaseModel
-
-_MODELS_EVALUATED = 3  # base, plain, hardened
-_PROBE_ROWS = 16
-# Activations that autograd keeps, in numbers per token and layer: measured on Llama-shaped models as about 18
-# vectors of the hidden size and 6 of the feed-forward size.
-_HIDDEN_VECTORS, _FEED_FORWARD_VECTORS = 18, 6
-_PROCESS_BYTES = 900 << 20  # Python, torch and transformers themselves
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Predicted cost of a run on this machine.
-
-    Attributes:
-        seconds: Predicted wall-clock seconds by stage.
-        memory_bytes: Predicted peak memory of the process.
-        tokens_per_record: Mean length assumed.
-        forward_ms_per_token: Measured, milliseconds.
-        training_ms_per_token: Measured forward and backward, milliseconds.
-    """
-
-    seconds: dict[str, float]
-    memory_bytes: int
-    tokens_per_record: float
-    forward_ms_per_token: float
-    training_ms_per_token: float
 
 
 @dataclass(frozen=True)
@@ -94,6 +66,7 @@ class Plan:
             "name": self.recipe.name,
             "task": self.recipe.task,
             "model": self.recipe.model.name,
+            "method": self.recipe.training.method,
             "privacy": privacy,
             "early_stopping": self._early_stopping(),
             "estimate": {**asdict(self.estimate), "privacy": NOT_COVERED},
@@ -144,7 +117,11 @@ class Plan:
         return text + ("" if self.privacy is None else "; a run that stops early costs its whole epsilon")
 
     def _rows(self) -> list[tuple[str, str]]:
-        rows = [("task", f"{self.recipe.task}, base model {self.recipe.model.name}")]
+        lora = self.recipe.training.lora
+        rows = [
+            ("task", f"{self.recipe.task}, base model {self.recipe.model.name}"),
+            ("trained", "all weights" if lora is None else f"LoRA adapters of rank {lora.rank}"),
+        ]
         if self.privacy is None:
             rows.append(("privacy", "OFF: nothing is promised about any record"))
         else:
@@ -191,7 +168,7 @@ def make_plan(
 
     Args:
         recipe: The recipe.
-        base: The loaded base model; None loads it.
+        base: The loaded base model, in the weights the recipe trains; None loads it.
         tokens_per_record: Mean record length; None assumes half of ``data.max_length``.
 
     Returns:
@@ -205,84 +182,11 @@ def make_plan(
     if privacy is not None:
         gradient_noise_multiplier(recipe, noise_multiplier=privacy.noise_multiplier)  # refuses early
     if base is None:
-        from securetune.models.base import load_base
+        from securetune.training.subjects import load_recipe_base
 
-        base = load_base(recipe.model)
+        base = load_recipe_base(recipe)
     tokens = tokens_per_record or recipe.data.max_length / 2
-    return Plan(recipe, privacy, _estimate(recipe, base, tokens))
-
-
-def _estimate(recipe: Recipe, base: "BaseModel", tokens: float) -> Estimate:
-    forward, training = _measure(base, max(8, round(tokens)))
-    most = recipe.privacy.max_records_per_user or 1  # records of one unit
-    drawn = recipe.privacy.steps * recipe.privacy.expected_batch_size * most * tokens
-    passes = 1 if recipe.adversarial.method == "none" else 1 + recipe.adversarial.steps
-    settings = recipe.evaluation
-    judged = (settings.num_texts + settings.num_membership) * tokens * forward
-    if recipe.task == "classify":
-        pgd = settings.num_attacked * len(settings.pgd_radii) * settings.pgd_steps * tokens * training
-        judged += pgd + settings.num_attacked * settings.character_queries * tokens * forward
-    return Estimate(
-        seconds={
-            "plain fine-tune": drawn * training,
-            "hardened training": drawn * passes * training,
-            "evaluation of three models": judged * _MODELS_EVALUATED,
-        },
-        memory_bytes=_memory(recipe, base, tokens),
-        tokens_per_record=tokens,
-        forward_ms_per_token=forward * 1e3,
-        training_ms_per_token=training * 1e3,
-    )
-
-
-def _measure(base: "BaseModel", tokens: int) -> tuple[float, float]:
-    """Time the decoder on one small batch: seconds per token forward, and forward with backward."""
-    decoder = base.model.get_decoder()
-    width = base.model.config.get_text_config().hidden_size
-    embeds = torch.zeros((_PROBE_ROWS, tokens, width), dtype=base.dtype, device=base.device)
-
-    def once(with_backward: bool) -> float:
-        started = time.perf_counter()
-        with torch.set_grad_enabled(with_backward):
-            hidden = decoder(
-                inputs_embeds=embeds.requires_grad_(with_backward), use_cache=False
-            ).last_hidden_state
-            if with_backward:
-                torch.autograd.grad(hidden.float().sum(), embeds)
-        if base.device.type == "cuda":
-            torch.cuda.synchronize(base.device)
-        return (time.perf_counter() - started) / embeds.shape[:2].numel()
-
-    for with_backward in (True, False):
-        once(with_backward)
-    return min(once(False) for _ in range(2)), min(once(True) for _ in range(2))
-
-
-def _memory(recipe: Recipe, base: "BaseModel", tokens: float) -> int:
-    config = base.model.config.get_text_config()
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
-    item = base.dtype.itemsize
-    per_token = layers * (_HIDDEN_VECTORS * hidden + _FEED_FORWARD_VECTORS * feed_forward) * item
-    weights = sum(parameter.numel() for parameter in base.model.parameters()) * item
-    rows = max(1, recipe.training.micro_batch_tokens // max(1, round(tokens)))
-    per_sample = 4 * rows * _adapter_parameters(recipe, base)
-    return int(_PROCESS_BYTES + weights + recipe.training.micro_batch_tokens * per_token + per_sample)
-
-
-def _adapter_parameters(recipe: Recipe, base: "BaseModel") -> int:
-    lora = recipe.training.lora
-    total = 0
-    output = base.model.get_output_embeddings()
-    for name, module in base.model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-            continue
-        if module is output or isinstance(module, torch.nn.Embedding):
-            continue
-        if lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules:
-            total += lora.rank * sum(weight.shape)
-    return total
+    return Plan(recipe, privacy, estimate_cost(recipe, base, tokens))
 
 
 def write_plan(plan: Plan, run: RunFolder) -> None:
