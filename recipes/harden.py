@@ -15,7 +15,7 @@ from securetune.config.loader import load_recipe
 from securetune.config.packaged import find_config
 from securetune.config.schema import Recipe
 from securetune.files import write_atomic
-from securetune.models.base import choose_device, load_base
+from securetune.models.base import choose_device
 from securetune.publishing import check_gate, publish
 from securetune.report.assemble import assemble_report
 from securetune.report.html import render_html
@@ -31,6 +31,7 @@ from securetune.training.prepare import prepare_data
 from securetune.training.release import release_evidence
 from securetune.training.reopen import check_reopens
 from securetune.training.strategy import Strategy, start_strategy
+from securetune.training.subjects import load_recipe_base
 from securetune.training.trackers import start_trackers
 
 out = console()
@@ -57,7 +58,7 @@ def harden(recipe: Recipe, run: RunFolder, strategy: Strategy) -> None:
     access = strategy.each(partial(prepare_access, recipe, run))
 
     with run.stage("data and plan"):
-        base = load_base(recipe.model)
+        base = load_recipe_base(recipe)
         data = strategy.each(partial(prepare_data, recipe, run, base.tokenizer))
         plan = make_plan(recipe, base=base, tokens_per_record=data.mean_tokens)
         strategy.on_first(partial(write_plan, plan, run))
@@ -79,7 +80,7 @@ def harden(recipe: Recipe, run: RunFolder, strategy: Strategy) -> None:
     forget_plain_model(run)
 
     with run.stage("report"):
-        base = load_base(recipe.model)
+        base = load_recipe_base(recipe)
         measured = collect_evidence(recipe, run)
         gate = check_gate(recipe.gate.rules, measured.evidence)
         report = assemble_report(recipe, run, plan, data, base, measured, gate=gate)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,6 +47,26 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str, *, mode: int =
             os.unlink(temporary)
         raise
     fsync_folder(target.parent)
+
+
+class LazyFiles(Mapping[str, bytes]):
+    """Files by name, each made when it is taken out: large ones need not be in memory together.
+
+    Args:
+        makers: What makes each file.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], bytes]]) -> None:
+        self._makers = dict(makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._makers[name]()
 
 
 def append_durable(path: str | os.PathLike[str], line: str, *, mode: int = 0o600) -> None:

@@ -80,9 +80,9 @@ def tiny_model(config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32
     return model.eval()
 
 
-def tiny_folder(folder: Path, *, seed: int = 0) -> Path:
-    """Write a tiny base model with its tokenizer, loadable by name as any local model folder."""
-    tiny_llama(seed=seed).save_pretrained(folder)
+def tiny_folder(folder: Path, *, seed: int = 0, **options: Any) -> Path:
+    """Write a :func:`tiny_llama` with its tokenizer, loadable by name as any local model folder."""
+    tiny_llama(seed=seed, **options).save_pretrained(folder)
     tokenizer: PreTrainedTokenizerBase = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     return folder

@@ -100,7 +100,8 @@ def open_checkpoint(
 ) -> None:
     """Verify a checkpoint, then decrypt it to a folder, where nothing protects it any longer.
 
-    An adapter is made loadable: AutoModelForCausalLM.from_pretrained(DESTINATION/adapter).
+    A whole model, and an adapter made loadable: AutoModelForCausalLM.from_pretrained(DESTINATION/weights), or
+    DESTINATION/adapter.
     """
     from securetune.checkpoints import load_identity, load_public_key, open_vault
 
@@ -121,6 +122,8 @@ def open_checkpoint(
         out.print(f"  {name}/  {', '.join(files)}")
     if "adapter_config.json" in opened.get("adapter", ()):
         out.print(_connect_to_base(destination / "adapter", base, trained_on))
+    elif "config.json" in opened.get("weights", ()):
+        out.print(_how_to_load(destination / "weights"))
 
 
 @app.command()
@@ -161,7 +164,11 @@ def _connect_to_base(adapter: Path, base: str | None, trained_on: Mapping[str, A
             f"digest {expected[:12]}.... Get that one, and give its folder with --base."
         )
     open_adapter_folder(adapter, folder)
-    return f"Load it: transformers.AutoModelForCausalLM.from_pretrained({str(adapter)!r})"
+    return _how_to_load(adapter)
+
+
+def _how_to_load(folder: Path) -> str:
+    return f"Load it: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
 
 
 def _files_by_compartment(source: Path, compartment: str | None) -> dict[str, dict[str, Path]]:

@@ -75,8 +75,8 @@ def export(
     identity: IdentityFile = None,
     passphrase_file: PassphraseFile = None,
 ) -> None:
-    """Write a merged, plain transformers folder. It leaves encryption, signature and gate behind."""
-    from securetune.training.export import export_merged
+    """Write a plain transformers folder, adapters merged. It leaves encryption, signature and gate behind."""
+    from securetune.training.export import export_plain
 
     recipe = load(config, overrides)
     with open_run_checkpoint(
@@ -86,7 +86,7 @@ def export(
         identity=identity,
         passphrase_file=passphrase_file,
     ) as vault:
-        export_merged(recipe, vault, destination)
+        export_plain(recipe, vault, destination)
     console().print(
         f"Wrote {destination}. It is not encrypted, not signed and has passed no gate: "
         "whoever reads the folder has the model."

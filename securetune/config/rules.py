@@ -144,6 +144,26 @@ def _training(training: "TrainingConfig", data: "DataConfig") -> Iterator[Proble
         )
 
 
+def _training_method(training: "TrainingConfig") -> Iterator[Problem]:
+    if training.method == "full" and training.lora is not None:
+        yield (
+            "training.lora",
+            "has no effect with method = 'full', which trains all weights. Remove it (--set "
+            "training.lora=null), or set method to 'lora'.",
+        )
+    if training.method == "lora" and training.lora is None:
+        yield (
+            "training.lora",
+            "required for method = 'lora'. Leave it out for the default adapters, or set method to 'full'.",
+        )
+    if training.method == "lora" and training.passes != 1:
+        yield (
+            "training.passes",
+            f"must be 1 with method = 'lora', got {training.passes}: the gradients of adapters are small, so "
+            "a second pass would save no memory. Remove it, or set method to 'full'.",
+        )
+
+
 def _early_stopping(training: "TrainingConfig", data: "DataConfig") -> Iterator[Problem]:
     settings, path = training.early_stopping, "training.early_stopping"
     uses_public = settings.method == "public_validation"
@@ -366,6 +386,7 @@ _RULES: list[Rule] = [
     (("task", "data"), _task),
     (("data", "privacy"), _privacy_of_data),
     *PRIVACY_RULES,
+    (("training",), _training_method),
     (("training", "data"), _training),
     (("training", "data"), _early_stopping),
     (("training", "privacy", "publish"), _early_stopping_under_privacy),

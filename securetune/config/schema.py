@@ -51,7 +51,8 @@ class ModelConfig(Section):
     """Commit, tag or branch of a hub id. Null takes the newest."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the frozen base. `auto` takes bfloat16 only where this machine is faster with it.
-    Adapters, gradients, clipping and noise are float32 always."""
+    What is trained, gradients, clipping and noise are float32 always. With `training.method: full` all
+    weights are, and this is the format that layers compute in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. `auto` takes a GPU if there is one; a device asked for by name must be there."""
 
@@ -217,7 +218,7 @@ class LoraConfig(Section):
 class EarlyStoppingConfig(Section):
     """When to end the training of the hardened model: once its score no longer rises.
 
-    The adapters of the best check are kept. Which one that is depends on the data, so a private run costs its
+    The weights of the best check are kept. Which one that is depends on the data, so a private run costs its
     whole planned epsilon all the same. The plain fine-tune runs all its steps.
     """
 
@@ -239,13 +240,16 @@ class EarlyStoppingConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The optimizer (Adam), regularisation, the size of micro-batches, and what is saved and shown."""
+    """What is trained, the optimizer (Adam), regularisation, the size of micro-batches, and what is saved."""
 
+    method: Literal["lora", "full"] = "lora"
+    """`lora`: small adapters beside the frozen base model. `full`: all weights of the model, as float32
+    whatever its format; about 16 bytes of memory for each, and a checkpoint as large as the model."""
     learning_rate: float = Field(gt=0)
     """Step size of Adam."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay of the adapters: each step multiplies them by 1 - learning_rate * weight_decay.
-    It reads no record, so it costs no privacy."""
+    """Decoupled weight decay: each step multiplies what is trained by 1 - learning_rate * weight_decay. It
+    reads no record, so it costs no privacy."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each target that is spread evenly: over the label words, or over the vocabulary for
     `task: generate`. Attacks and measurements use the loss without it."""
@@ -256,14 +260,29 @@ class TrainingConfig(Section):
     micro_batch_tokens: int = Field(default=2048, ge=1)
     """Most tokens, padding included, in one forward and backward pass. Lower it if memory runs out;
     the result does not depend on it, up to rounding."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each decoder layer and compute the layer again in the backward pass: less memory
+    for about a third more time."""
+    passes: Literal[1, 2] = 1
+    """For `method: full`: backward passes per micro-batch. With 1 every layer's input and output gradient are
+    kept until the records' norms are known, which gives back much of what `gradient_checkpointing` saves; 2
+    keeps none, for one more pass."""
     save_every: int = Field(default=1, ge=1)
-    """Steps between two saves from which a killed run can resume."""
+    """Steps between two saves from which a killed run can resume. A save holds what is trained three times:
+    with `method: full` rarer ones save time."""
     trackers: list[Tracker] = Field(default_factory=list)
     """Experiment trackers passed on to accelerate. They send un-noised numbers elsewhere: none by default."""
-    lora: LoraConfig = Field(default_factory=LoraConfig)
-    """The adapters."""
+    lora: LoraConfig | None = None
+    """The adapters, for `method: lora`; null for `full`."""
     early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)
     """Early stopping."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_lora(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("method", "lora") == "lora":
+            return {"lora": {}, **values}
+        return values
 
 
 class AdversarialConfig(Section):

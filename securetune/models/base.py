@@ -1,8 +1,8 @@
-"""Safe loading of a frozen base model: safetensors only, no remote code, known by its digest."""
+"""Safe loading of a base model: safetensors only, no remote code, known by its digest."""
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -24,7 +24,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _MINIMUM_VERSIONS = {"torch": (2, 10), "transformers": (5, 14), "peft": (0, 21)}
 _MAX_CONFIG_BYTES = 16 << 20
 # everything that decides what the model computes or reads
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -51,7 +51,7 @@ class ModelOptions(Protocol):
 
     @property
     def dtype(self) -> Literal["auto", "float32", "bfloat16"]:
-        """Number format of the base."""
+        """Number format of the base, or of its arithmetic where its weights are to be trained."""
         ...
 
     @property
@@ -92,6 +92,7 @@ class BaseModel:
         device: Where the weights are.
         folder: The local folder the model was loaded from.
         description: One line a person can read.
+        autocast: What layers compute in where that is coarser than the weights; None where it is not.
     """
 
     model: "PreTrainedModel"
@@ -102,6 +103,7 @@ class BaseModel:
     device: torch.device
     folder: Path
     description: str
+    autocast: torch.dtype | None = None
 
 
 def resolve_base(model_config: ModelOptions) -> BaseModelSource:
@@ -135,7 +137,7 @@ def resolve_base(model_config: ModelOptions) -> BaseModelSource:
     return BaseModelSource(name, "hub", None, model_config.revision, f"{name} from the Hugging Face hub")
 
 
-def load_base(model_config: ModelOptions) -> BaseModel:
+def load_base(model_config: ModelOptions, *, float32_weights: bool = False) -> BaseModel:
     """Load the base model a recipe names, frozen and in evaluation mode.
 
     Guarantees:
@@ -143,6 +145,8 @@ def load_base(model_config: ModelOptions) -> BaseModel:
 
     Args:
         model_config: The recipe's ``model`` section.
+        float32_weights: Load the weights in float32 whatever the recipe's dtype, as training them needs;
+            where that is bfloat16, layers compute in it under ``autocast``.
 
     Returns:
         The model with its tokenizer, digest, dtype and device.
@@ -155,8 +159,11 @@ def load_base(model_config: ModelOptions) -> BaseModel:
     device = choose_device(model_config.device)
     source = resolve_base(model_config)
     folder = local_folder(source)
-    dtype = choose_dtype(model_config.dtype, device)
+    compute_dtype = choose_dtype(model_config.dtype, device)
+    dtype = torch.float32 if float32_weights else compute_dtype
     model, tokenizer = _load_folder(folder, source.name, dtype, device)
+    if device.type == "cpu" and compute_dtype == torch.bfloat16:
+        use_float32_attention(model)
     # the hub's cache names a folder by its commit
     description = source.description + (f", commit {folder.name}" if source.kind == "hub" else "")
     return BaseModel(
@@ -168,6 +175,7 @@ def load_base(model_config: ModelOptions) -> BaseModel:
         device=device,
         folder=folder,
         description=description,
+        autocast=None if dtype == compute_dtype else compute_dtype,
     )
 
 
@@ -232,7 +240,7 @@ def folder_digest(folder: Path) -> str:
     Returns:
         64 lower-case hexadecimal digits.
     """
-    names = ["config.json", *_TOKENIZER_FILES, *(path.name for path in folder.glob("*.safetensors"))]
+    names = ["config.json", *TOKENIZER_FILES, *(path.name for path in folder.glob("*.safetensors"))]
     files = {name: sha256_file(folder / name) for name in names if (folder / name).is_file()}
     return hashlib.sha256(canonical_json(files)).hexdigest()
 
@@ -260,7 +268,7 @@ def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def choose_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
-    """Pick the number format of the frozen base.
+    """Pick the number format of a model's arithmetic, and of its weights where they are frozen.
 
     Args:
         dtype: ``auto`` takes bfloat16 on a GPU that has it, and on a CPU only where it is measurably faster.
@@ -274,6 +282,19 @@ def choose_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: torch.de
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if cpu_bfloat16_speedup() >= 1.5 else torch.float32
+
+
+def computing_in(autocast: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Let layers compute in a coarser dtype than that of their weights.
+
+    Args:
+        autocast: The dtype; None leaves them as they are.
+        device: Where they run.
+
+    Returns:
+        The context to run them in.
+    """
+    return nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
 
 
 @cache
@@ -337,8 +358,6 @@ def _load_folder(
             " They do not belong together."
         )
     model.requires_grad_(False).eval()
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        use_float32_attention(model)
     return model.to(device), tokenizer  # pyright: ignore[reportArgumentType]
 
 
@@ -369,7 +388,7 @@ def _download(name: str, revision: str | None) -> Path:
         "*.safetensors.index.json",
         "config.json",
         "generation_config.json",
-        *_TOKENIZER_FILES,
+        *TOKENIZER_FILES,
     ]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

@@ -1,7 +1,7 @@
 """Task heads: per-sample losses of a causal model, computed only where they are needed."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from securetune.data.collate import Batch
 from securetune.data.encode import label_token_ids
 from securetune.errors import ConfigError
+from securetune.models.base import computing_in
 from securetune.models.frozen_head import frozen_head_losses
 
 if TYPE_CHECKING:
@@ -28,16 +29,21 @@ class CausalHead:
     Batches are right-padded and the decoder is causal, so real tokens never see padding and no attention mask
     is needed. This, and that the logits computed here are the model's own, is checked on construction.
 
+    Embeddings, and an output layer that is trainable on construction, are called as modules, never read as
+    weights: per-sample gradients, and engines that shard weights, see calls only.
+
     Attributes:
         model: The causal model as given, plain or with adapters.
         causal: The ``...ForCausalLM`` inside.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None) -> None:
         """Prepare the head.
 
         Args:
             model: A causal model, plain or with adapters.
+            autocast: What the decoder and logits over the whole vocabulary are computed in, where that is
+                coarser than the weights; None where it is not.
 
         Raises:
             ConfigError: If the model's logits cannot be reproduced, or the model is not causal.
@@ -53,8 +59,20 @@ class CausalHead:
                 " logits of single words cannot be computed from it. Leave the output layer out of the"
                 " adapters' target_modules, or use another model."
             )
+        self._is_output_trained = any(parameter.requires_grad for parameter in self._output.parameters())
         self._transform = _logit_transform(self.causal.config)
+        self._autocast: torch.dtype | None = None
         _check_against_model(self)
+        self._autocast = autocast
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Compute in the dtype of the weights meanwhile."""
+        autocast, self._autocast = self._autocast, None
+        try:
+            yield
+        finally:
+            self._autocast = autocast
 
     def embed(self, batch: Batch) -> Tensor:
         """Look up the input embeddings, in the form that the decoder takes as ``inputs_embeds``.
@@ -63,7 +81,7 @@ class CausalHead:
             batch: ``B`` rows of ``T`` tokens.
 
         Returns:
-            ``[B, T, D]`` in the model's dtype, on the model's device.
+            ``[B, T, D]`` in the dtype of the weights, on the model's device.
         """
         table = self.causal.get_input_embeddings()
         return table(batch.input_ids.to(table.weight.device))
@@ -77,18 +95,27 @@ class CausalHead:
         Returns:
             ``[B, T, D]``: hidden states before the output layer.
         """
-        return self._decoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+        with self._arithmetic():
+            return self._decoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        return computing_in(self._autocast, self._output.weight.device)
 
     def _logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """Apply the output layer, or only some of its rows, in float32 (float64 stays float64)."""
         weight, bias = self._output.weight, self._output.bias
-        if rows is None:
-            logits = F.linear(hidden, weight, bias)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self._is_output_trained:  # rows of it are taken from what its call returns
+            with self._arithmetic() if rows is None else nullcontext():
+                logits = self._output(hidden.to(weight.dtype))
+            logits = logits if rows is None else logits[..., rows]
+        elif rows is None:
+            with self._arithmetic():
+                logits = F.linear(hidden.to(weight.dtype), weight, bias)
         else:
             dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
             chosen_bias = None if bias is None else bias[rows].to(dtype)
             logits = F.linear(hidden.to(dtype), weight[rows].to(dtype), chosen_bias)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits if self._transform is None else self._transform(logits)
 
 
@@ -106,6 +133,7 @@ class ClassifyHead(CausalHead):
         label_words: Sequence[str],
         *,
         prompt: str = "{text}\nLabel:",
+        autocast: torch.dtype | None = None,
     ) -> None:
         """Prepare the head.
 
@@ -114,11 +142,12 @@ class ClassifyHead(CausalHead):
             tokenizer: Its tokenizer.
             label_words: One word per label, each a single token after the prompt.
             prompt: The prompt the texts are put into.
+            autocast: What the decoder computes in, as in :class:`CausalHead`; labels are scored in float32.
 
         Raises:
             ConfigError: If a word is not one token, or the model's logits cannot be reproduced.
         """
-        super().__init__(model)
+        super().__init__(model, autocast=autocast)
         self.label_words = tuple(label_words)
         self.label_ids = tuple(label_token_ids(tokenizer, label_words, prompt=prompt))
         self._rows = torch.tensor(self.label_ids, device=self._output.weight.device)
@@ -207,29 +236,51 @@ class GenerateHead(CausalHead):
         """
         hidden = self.hidden_states(inputs_embeds)
         is_target = batch.supervised[:, 1:].to(hidden.device)
-        predicting = hidden[:, :-1][is_target]
-        targets = batch.input_ids[:, 1:].to(hidden.device)[is_target]
-        losses = self._flat_losses(predicting, targets, label_smoothing)
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        spread = torch.zeros(is_target.shape, dtype=dtype, device=hidden.device)
-        return spread.index_put((is_target,), losses)
-
-    def _flat_losses(self, hidden: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-        """Cross-entropy at ``N`` positions: ``[N, D]`` and ``[N]`` to ``[N]``, never keeping all logits."""
+        targets = batch.input_ids[:, 1:].to(hidden.device)
+        if self._is_output_trained or self._transform is not None:
+            return self._losses_by_sample(hidden, is_target, targets, label_smoothing)
         weight, bias = self._output.weight, self._output.bias
-        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if self._transform is None and not learns:
-            return frozen_head_losses(hidden, weight, bias, targets, label_smoothing=label_smoothing)
+        dtype = self._autocast or weight.dtype
+        losses = frozen_head_losses(
+            hidden[:, :-1][is_target].to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            targets[is_target],
+            label_smoothing=label_smoothing,
+        )
+        return losses.new_zeros(is_target.shape).index_put((is_target,), losses)
+
+    def _losses_by_sample(
+        self, hidden: Tensor, is_target: Tensor, targets: Tensor, label_smoothing: float
+    ) -> Tensor:
+        """Cross-entropy with one row of positions for each sample: ``[B, T, D]`` to ``[B, T - 1]``.
+
+        Supervised positions come first and the longest row sets the width, so the output layer sees
+        ``[B, ...]``.
+        """
+        is_target, targets = F.pad(is_target, (0, 1)), F.pad(targets, (0, 1))  # the last token predicts none
+        width = max(1, int(is_target.sum(dim=1).max()))
+        places = is_target.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+        rows = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
+        wanted, counts = targets.gather(1, places), is_target.gather(1, places)
 
         def compute(rows: Tensor, wanted: Tensor) -> Tensor:
-            logits = self._logits(rows)
-            return F.cross_entropy(logits, wanted, reduction="none", label_smoothing=label_smoothing)
+            logits = self._logits(rows).flatten(0, 1)
+            losses = F.cross_entropy(
+                logits, wanted.flatten(), reduction="none", label_smoothing=label_smoothing
+            )
+            return losses.view(wanted.shape)
 
-        slices = list(zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True))
+        step = max(1, _HEAD_ROWS // len(rows))
+        slices = list(zip(rows.split(step, dim=1), wanted.split(step, dim=1), strict=True))
         if len(slices) == 1 or not torch.is_grad_enabled():
-            return torch.cat([compute(*pair) for pair in slices])
-        # recomputed in the backward pass: V logits per token cost more memory than the decoder's activations
-        return torch.cat([checkpoint(compute, *pair, use_reentrant=False) for pair in slices])
+            losses = torch.cat([compute(*pair) for pair in slices], dim=1)
+        else:
+            # recomputed in the backward pass: V logits per token cost more memory than the decoder's
+            # activations
+            losses = torch.cat([checkpoint(compute, *pair, use_reentrant=False) for pair in slices], dim=1)
+        losses = losses.masked_fill(~counts, 0.0)
+        return losses.new_zeros(is_target.shape).scatter(1, places, losses)[:, :-1]
 
 
 def plain_causal_model(model: nn.Module) -> "PreTrainedModel":

@@ -69,7 +69,8 @@ def _front_matter(report: Report) -> str:
     tags = ["securetune", "encrypted"]
     tags += ["differential-privacy"] if report.privacy else []
     tags += ["adversarial-training"] if report.adversarial else []
-    fields: dict[str, Any] = {"library_name": "peft", "pipeline_tag": task, "tags": tags}
+    library = "transformers" if report.recipe.method == "full" else "peft"
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task, "tags": tags}
     if _HUB_ID.fullmatch(report.base_model.name):
         fields["base_model"] = report.base_model.name
     metrics = [_metric(item) for item in report.evidence if item.value is not None and item.status == "pass"]

@@ -75,9 +75,13 @@ def assemble_report(
     return Report(
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         recipe=RecipeStatement(
-            name=recipe.name, digest=recipe_digest(recipe), task=recipe.task, seed=recipe.seed
+            name=recipe.name,
+            digest=recipe_digest(recipe),
+            task=recipe.task,
+            method=recipe.training.method,
+            seed=recipe.seed,
         ),
-        environment=describe_environment(_device_name(base), str(base.dtype).removeprefix("torch.")),
+        environment=describe_environment(_device_name(base), _arithmetic(base)),
         base_model=BaseModelStatement(name=_public_name(base.name), digest=base.digest),
         data=DataStatement(
             source=recipe.data.private.source or "local file",
@@ -200,6 +204,11 @@ def _device_name(base: "BaseModel") -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return "CPU"
+
+
+def _arithmetic(base: "BaseModel") -> str:
+    names = [str(dtype).removeprefix("torch.") for dtype in (base.dtype, base.autocast) if dtype]
+    return ", computed in ".join(names)
 
 
 def _peak_memory_bytes() -> int:

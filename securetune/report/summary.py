@@ -65,11 +65,12 @@ class _Part(BaseModel):
 
 
 class RecipeStatement(_Part):
-    """Which recipe was run. ``digest`` is the SHA-256 of the resolved recipe."""
+    """Which recipe was run, and what it trained. ``digest`` is the SHA-256 of the resolved recipe."""
 
     name: str
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")
     task: Literal["classify", "generate"]
+    method: Literal["lora", "full"] = "lora"
     seed: int
 
 

@@ -15,11 +15,19 @@ from securetune.models.base import BaseModel, load_base
 from securetune.privacy.ledger import LedgerState, read_ledger
 from securetune.training.access import Access, forget
 from securetune.training.export import require_same_base
-from securetune.training.finetune import SUBJECTS, Subject, checkpoint_of, load_head, open_model
 from securetune.training.folder import RunFolder
 from securetune.training.loop import Head
 from securetune.training.prepare import PreparedData, prepare_data
 from securetune.training.progress import StageProgress
+from securetune.training.subjects import (
+    SUBJECTS,
+    Subject,
+    checkpoint_of,
+    holds_weights,
+    make_head,
+    open_model,
+    restore,
+)
 
 COMPARISONS: tuple[tuple[Subject, Subject], ...] = (
     ("plain", "base"),
@@ -131,11 +139,10 @@ def evaluate_checkpoint(recipe: Recipe, vault: Vault) -> list[Evidence]:
         CheckpointError: If the checkpoint belongs to another base model.
     """
     run = RunFolder(recipe.run_folder)
-    base = load_base(recipe.model)
+    base = load_base(recipe.model, float32_weights=holds_weights(vault))
     require_same_base(vault, base.digest)
     data = prepare_data(recipe, run, base.tokenizer)
-    files = {name: vault.read("adapter", name) for name in vault.names("adapter")}
-    head = load_head(recipe, base, files)
+    head = make_head(recipe, restore(base, vault), base)
     texts = _texts(recipe, data)
     result = _evaluate(head, base, texts, recipe, "hardened", vault.manifest.digest)
     return summarise(result, blind=texts.check_split(seed=recipe.evaluation.seed))

@@ -1,16 +1,17 @@
-"""Write a merged model as a plain transformers folder, for tools that know nothing of checkpoints."""
+"""Write a trained model as a plain transformers folder, for tools that know nothing of checkpoints."""
 
 from pathlib import Path
 
 from securetune.checkpoints import Vault
 from securetune.config.schema import Recipe
 from securetune.errors import CheckpointError
-from securetune.models.adapters import load_adapter, merge_adapter
+from securetune.models.adapters import merge_adapter
 from securetune.models.base import load_base
+from securetune.training.subjects import holds_weights, restore
 
 
-def export_merged(recipe: Recipe, vault: Vault, destination: Path) -> None:
-    """Fold the adapter of an open checkpoint into its base model and save the result without any protection.
+def export_plain(recipe: Recipe, vault: Vault, destination: Path) -> None:
+    """Save the model of an open checkpoint without any protection, an adapter folded into its base.
 
     Args:
         recipe: The recipe; names the base model.
@@ -25,8 +26,9 @@ def export_merged(recipe: Recipe, vault: Vault, destination: Path) -> None:
     # Merging rounds to the base's number format, so it is done in float32.
     base = load_base(recipe.model.model_copy(update={"dtype": "float32"}))
     require_same_base(vault, base.digest)
-    model = load_adapter(base.model, {name: vault.read("adapter", name) for name in vault.names("adapter")})
-    merge_adapter(model).save_pretrained(destination)
+    model = restore(base, vault)
+    plain = base.model if holds_weights(vault) else merge_adapter(model)  # pyright: ignore[reportArgumentType]
+    plain.save_pretrained(destination)
     base.tokenizer.save_pretrained(destination)
 
 

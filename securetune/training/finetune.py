@@ -5,19 +5,17 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from securetune.adversarial.validity import find_objective, require_private_training_allows
 from securetune.checkpoints import Sealer
 from securetune.config.loader import recipe_digest
 from securetune.config.schema import Recipe
-from securetune.errors import CheckpointError, ConfigError, PrivacyError
-from securetune.models.adapters import adapt, adapter_files, load_adapter
-from securetune.models.base import BaseModel, load_base
-from securetune.models.task import ClassifyHead, GenerateHead
+from securetune.errors import ConfigError, PrivacyError
+from securetune.models.base import BaseModel
 from securetune.privacy.ledger import Ledger
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.per_sample.layout import trainable_parameters
@@ -41,21 +39,18 @@ from securetune.training.progress import TrainingProgress
 from securetune.training.state import SavedState, load_state, save_state
 from securetune.training.stopping import EarlyStopping, make_score
 from securetune.training.strategy import Strategy
+from securetune.training.subjects import (
+    Subject,
+    checkpoint_of,
+    load_recipe_base,
+    make_head,
+    make_trainable,
+    sealed_files,
+)
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch import nn
-
-Subject = Literal["base", "plain", "hardened"]
-SUBJECTS: tuple[Subject, ...] = ("base", "plain", "hardened")
 Log = Callable[[dict[str, Any]], None]
 
 _logger = logging.getLogger(__name__)
-
-
-def checkpoint_of(run: RunFolder, subject: Subject) -> Path:
-    """Return the folder of a sealed model; the plain fine-tune's is for measuring only."""
-    return run.checkpoint if subject == "hardened" else run.work / subject
 
 
 def fine_tune(
@@ -97,19 +92,20 @@ def fine_tune(
     strategy = strategy or Strategy()
     if strategy.on_first(lambda: run.has(f"trained_{subject}")):
         return
-    base = load_base(recipe.model)
+    base = load_recipe_base(recipe)
     settings = recipe.training
-    model = adapt(base.model, settings.lora, seed=recipe.seed)
+    model = make_trainable(recipe, base)
     dropout = AdapterDropout(model, seed=recipe.seed)
     head = make_head(recipe, model, base)
-    grads = PerSampleGradients(model)
+    grads = PerSampleGradients(model, passes=settings.passes)
     probes = probe_examples(recipe, base.tokenizer)
     check_gradients(head, grads, probes, label_smoothing=settings.label_smoothing)
     if plan.privacy is not None:  # patterns that fit no parameter are refused before the plain fine-tune
         make_clipping(recipe, noise_multiplier=plan.privacy.noise_multiplier).assign(grads.parameter_names())
-    adversary = _adversary(subject, recipe, head)  # its unit of length is read from the whole embedding
+    start = _fingerprint({place.name: place.parameter for place in grads.parameters})
+    adversary = _adversary(subject, recipe, head)  # its unit of length is the base model's
     grads.detach()
-    prepared = strategy.prepare(model, partial(make_optimizer, recipe))
+    prepared = strategy.prepare(model, partial(make_optimizer, recipe), passes=settings.passes)
     grads, optimizer = prepared.grads, prepared.optimizer
     if adversary is not None:
         adversary.within = prepared.within
@@ -192,23 +188,26 @@ def fine_tune(
         if ledger is not None and recipe.publish.release_epsilon is not None:
             _charge_releases(ledger, [*_test_epsilons(recipe), recipe.publish.release_epsilon])
     trained = {place.name: strategy.whole(place) for place in grads.parameters}
-    _refuse_unmoved(trained)
+    if _fingerprint(trained) == start:
+        raise PrivacyError(
+            "what is trained did not move: nothing was learnt. Check the learning rate and the data."
+        )
     if not strategy.holds_whole and strategy.is_first:
-        base = load_base(recipe.model)
-        model = adapt(base.model, settings.lora, seed=recipe.seed)
+        base = load_recipe_base(recipe)
+        model = make_trainable(recipe, base)
         _put(model, trained)
     strategy.on_first(partial(_seal, subject, recipe, run, access, model, base))
 
 
 def _seal(
-    subject: Subject, recipe: Recipe, run: RunFolder, access: Access, model: "PeftModel", base: BaseModel
+    subject: Subject, recipe: Recipe, run: RunFolder, access: Access, model: nn.Module, base: BaseModel
 ) -> None:
     is_private = subject == "hardened" and recipe.privacy.enabled
     public_files = {"ledger.jsonl": run.ledger.read_bytes()} if is_private else {}
     with access.sealer() as final:
         manifest = final.seal(
             checkpoint_of(run, subject),
-            {"adapter": adapter_files(model, base_name=base.name)},
+            sealed_files(recipe, model, base),
             public_files=public_files,
             metadata=_metadata(subject, recipe, base),
         )
@@ -220,72 +219,11 @@ def _state_folder(run: RunFolder, subject: str) -> Path:
     return run.work / f"{subject}-state"
 
 
-def _put(model: "nn.Module", trained: Mapping[str, Tensor]) -> None:
+def _put(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
     """Give a whole model the parameters that a sharded one learnt."""
     with torch.no_grad():
         for place in trainable_parameters(model):
             place.parameter.copy_(trained[place.name])
-
-
-def open_model(
-    subject: Subject, recipe: Recipe, run: RunFolder, access: Access
-) -> tuple[Head, BaseModel, str]:
-    """Load a model as it was sealed, ready to be measured.
-
-    Args:
-        subject: Which model.
-        recipe: The recipe.
-        run: The run's folder.
-        access: The run's keys.
-
-    Returns:
-        The model's head, its base, and the SHA-256 of the sealed checkpoint (of the base model itself for the
-        base).
-    """
-    base = load_base(recipe.model)
-    if subject == "base":
-        return make_head(recipe, base.model, base), base, base.digest
-    folder = checkpoint_of(run, subject)
-    with access.open(folder) as vault:
-        digest = vault.manifest.digest
-        if digest != run.load(f"trained_{subject}")["manifest"]:
-            raise CheckpointError(
-                f"{folder} is not the checkpoint that this run sealed as {subject}. Start a new run, or put "
-                "the "
-                "sealed one back."
-            )
-        files = {name: vault.read("adapter", name) for name in vault.names("adapter")}
-    return load_head(recipe, base, files), base, digest
-
-
-def load_head(recipe: Recipe, base: BaseModel, files: Mapping[str, bytes]) -> Head:
-    """Put saved adapters and the recipe's task on a base model.
-
-    Args:
-        recipe: The recipe.
-        base: The base model, changed in place.
-        files: The adapter's files.
-
-    Returns:
-        The head.
-    """
-    return make_head(recipe, load_adapter(base.model, files), base)
-
-
-def make_head(recipe: Recipe, model: "nn.Module", base: BaseModel) -> Head:
-    """Put the recipe's task on a model.
-
-    Args:
-        recipe: The recipe.
-        model: The base model, or the same with adapters.
-        base: The loaded base.
-
-    Returns:
-        The head.
-    """
-    if recipe.task == "classify":
-        return ClassifyHead(model, base.tokenizer, recipe.data.words, prompt=recipe.data.prompt)
-    return GenerateHead(model)
 
 
 def _adversary(subject: str, recipe: Recipe, head: Head) -> Adversary | None:
@@ -404,7 +342,7 @@ def _run_steps(
             if log is not None:
                 log(values)
             if stopping is not None and has_stopped and number < planned:
-                kept = f"the adapters of step {stopping.best_step or number} are kept"
+                kept = f"the weights of step {stopping.best_step or number} are kept"
                 paid = "" if ledger is None else "; its whole epsilon is charged, since data decided when"
                 _logger.warning("training ends early, at step %d of %d; %s%s.", number, planned, kept, paid)
                 break
@@ -427,18 +365,18 @@ def _sealer(access: Access, saved: SavedState | None) -> Sealer:
     return access.sealer(lineage=saved.lineage, generation=saved.next_generation)
 
 
-def _refuse_unmoved(trained: Mapping[str, Tensor]) -> None:
-    """LoRA starts with ``B = 0``: adapters that are still zero were never trained."""
-    if not any(bool(value.any()) for name, value in trained.items() if "lora_B" in name):
-        raise PrivacyError(
-            "the adapters did not move: nothing was learnt. Check the learning rate and the data."
-        )
+def _fingerprint(parameters: Mapping[str, Tensor]) -> list[int]:
+    """Sum the bits of every parameter that cannot stay as it is; of adapters, those that start at zero."""
+    starts_at_zero = [value for name, value in parameters.items() if "lora_B" in name]
+    watched = starts_at_zero or list(parameters.values())
+    return [int(value.detach().view(torch.int32).sum()) for value in watched]
 
 
 def _metadata(subject: str, recipe: Recipe, base: BaseModel) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "subject": subject,
         "task": recipe.task,
+        "method": recipe.training.method,
         "recipe_digest": recipe_digest(recipe),
         "base": {"name": base.name, "digest": base.digest, "dtype": str(base.dtype).removeprefix("torch.")},
     }

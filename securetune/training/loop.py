@@ -77,7 +77,7 @@ class Adversary:
             step: The training step.
 
         Returns:
-            ``[B, T, D]``, same dtype, without a graph.
+            ``[B, T, D]``, same dtype. Their gradient is that of ``embeds``: the perturbation is a constant.
         """
         config = self._config
         with attack_mode(self._head.model):
@@ -91,14 +91,14 @@ class Adversary:
                 step_size=None if config.step_size is None else config.step_size * self._unit,
                 random_start=sample_seeds(batch.unit_ids, seed=self._seed, step=step),
             )
-        return embeds.detach() + result.delta
+        return embeds + result.delta
 
 
 class Trainer:
     """Runs one step at a time over the private examples, so that its caller can save and show in between.
 
     Args:
-        head: The model with its adapters, and its task.
+        head: The model that is trained, and its task.
         step: Ordinary or private.
         sampler: Draws each step's samples, one by one or user by user; positions behind the examples are
             empty places.
@@ -272,7 +272,7 @@ def check_gradients(
     """Compare per-sample gradients with ordinary autograd, before anything is trained.
 
     Args:
-        head: The model with its adapters, in evaluation mode.
+        head: The model that is trained, in evaluation mode.
         grads: Its per-sample gradients.
         examples: Public examples of unequal length, so that nothing here depends on a private record.
         label_smoothing: As in training.
@@ -285,7 +285,8 @@ def check_gradients(
         batch = collate([examples[row] for row in rows]).to(grads.device)
         return head.losses(head.embed(batch), batch, label_smoothing=label_smoothing)
 
-    grads.check(losses_of, len(examples))
+    with head.full_precision():  # what is checked are paths, and coarse arithmetic would hide small errors
+        grads.check(losses_of, len(examples))
 
 
 def make_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
@@ -312,7 +313,7 @@ def activate_dropout(model: nn.Module) -> None:
     """Switch on the adapters' dropout and nothing else: the frozen base stays in evaluation mode.
 
     Args:
-        model: A peft model.
+        model: A peft model, or one that is trained in full, without adapters.
     """
     model.eval()
     for name, module in model.named_modules():
@@ -335,7 +336,8 @@ def _out_of_memory_advice() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             raise MachineError(
                 "memory ran out in a training step. Lower training.micro_batch_tokens (the result does not "
-                "depend on it), "
-                "data.max_length or training.lora.rank."
+                "depend on it), data.max_length or training.lora.rank, or set "
+                "training.gradient_checkpointing to true (and training.passes to 2 with training.method "
+                "'full')."
             ) from error
         raise

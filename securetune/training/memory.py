@@ -25,6 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from securetune.config.launch import STRATEGIES, StrategyName
 from securetune.config.schema import Recipe
+from securetune.training.estimate import (
+    PROCESS_BYTES,
+    activation_bytes,
+    count_trained,
+    sample_bytes,
+)
 from securetune.training.strategy import blocks_of
 
 if TYPE_CHECKING:
@@ -35,10 +41,6 @@ if TYPE_CHECKING:
 _FLOAT32 = 4
 _MOMENTS, _MASTER = 2, 1
 _LIVE_IN_ZERO3 = 10**9  # default of stage3_max_live_parameters
-# Activations that autograd keeps, in numbers per token and layer: measured on Llama-shaped models as about 18
-# vectors of the hidden size and 6 of the feed-forward size.
-_HIDDEN_VECTORS, _FEED_FORWARD_VECTORS = 18, 6
-_PROCESS_BYTES = 900 << 20  # Python, torch and transformers themselves
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class RankMemory:
     gathered: int
     activations: int
     samples: int
-    process: int = _PROCESS_BYTES
+    process: int = PROCESS_BYTES
 
     @property
     def total(self) -> int:
@@ -223,36 +225,32 @@ def distribute(
     return Distribution(num_processes, available, ranks)
 
 
-def measure_size(
-    recipe: Recipe, base: "BaseModel", *, num_trained: int, tokens_per_record: float
-) -> ModelSize:
-    """Count the weights of a base model with adapters, and the numbers of a micro-batch.
+def measure_size(recipe: Recipe, base: "BaseModel", *, tokens_per_record: float) -> ModelSize:
+    """Count the weights of a model with what the recipe trains of it, and the numbers of a micro-batch.
 
     Args:
         recipe: The recipe.
         base: The base model.
-        num_trained: Weights of all adapters.
         tokens_per_record: Mean record length.
 
     Returns:
         The sizes.
     """
-    config = base.model.config.get_text_config()
-    hidden, num_layers = config.hidden_size, config.num_hidden_layers
-    feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
-    item = base.dtype.itemsize
-    per_token = num_layers * (_HIDDEN_VECTORS * hidden + _FEED_FORWARD_VECTORS * feed_forward) * item
-    rows = max(1, recipe.training.micro_batch_tokens // max(1, round(tokens_per_record)))
     total = sum(parameter.numel() for parameter in base.model.parameters())
     blocks = blocks_of(base.model)
     layers = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks] or [total]
+    outside = max(0, total - sum(layers))
+    num_trained = count_trained(recipe, base)
+    if recipe.training.method == "full":
+        parts = Weights(0, total), Weights(0, max(layers)), Weights(0, outside)
+    else:
+        one_layer = Weights(max(layers), _share(num_trained, len(layers)))
+        parts = Weights(total, num_trained), one_layer, Weights(outside, 0)
     return ModelSize(
-        whole=Weights(total, num_trained),
-        layer=Weights(max(layers), _share(num_trained, len(layers))),
-        outside=Weights(max(0, total - sum(layers)), 0),
-        frozen_itemsize=item,
-        activation_bytes=recipe.training.micro_batch_tokens * per_token,
-        sample_bytes=_FLOAT32 * rows * num_trained,
+        *parts,
+        frozen_itemsize=base.dtype.itemsize,
+        activation_bytes=activation_bytes(recipe, base),
+        sample_bytes=sample_bytes(recipe, base, tokens_per_record),
     )
 
 

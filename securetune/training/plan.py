@@ -1,48 +1,24 @@
 """The plan: noise, budget, time and memory of a run, printed before anything is spent."""
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from securetune.config.schema import Recipe
 from securetune.files import write_atomic
 from securetune.privacy.accounting import PrivacyPlan, plan_privacy
 from securetune.privacy.ledger import LedgerHeader
 from securetune.privacy.statements import noise_statement, sampling_statement
+from securetune.training.estimate import Estimate, estimate_cost
 from securetune.training.folder import NOT_COVERED, RunFolder
 from securetune.training.mechanism import gradient_noise_multiplier, planned_header, privacy_spec
-from securetune.training.memory import Distribution, distribute, measure_size, rank_memory
+from securetune.training.memory import Distribution, distribute, measure_size
 from securetune.training.stopping import num_checks
 
 if TYPE_CHECKING:
     from rich.console import Group
 
     from securetune.models.base import BaseModel
-
-_MODELS_EVALUATED = 3  # base, plain, hardened
-_PROBE_ROWS = 16
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Predicted cost of a run on this machine.
-
-    Attributes:
-        seconds: Predicted wall-clock seconds by stage.
-        memory_bytes: Predicted peak memory of the process, if it is the only one.
-        tokens_per_record: Mean length assumed.
-        forward_ms_per_token: Measured, milliseconds.
-        training_ms_per_token: Measured forward and backward, milliseconds.
-    """
-
-    seconds: dict[str, float]
-    memory_bytes: int
-    tokens_per_record: float
-    forward_ms_per_token: float
-    training_ms_per_token: float
 
 
 @dataclass(frozen=True)
@@ -93,6 +69,7 @@ class Plan:
             "name": self.recipe.name,
             "task": self.recipe.task,
             "model": self.recipe.model.name,
+            "method": self.recipe.training.method,
             "privacy": privacy,
             "early_stopping": self._early_stopping(),
             "estimate": {**asdict(self.estimate), "privacy": NOT_COVERED},
@@ -144,7 +121,11 @@ class Plan:
         return text + ("" if self.privacy is None else "; a run that stops early costs its whole epsilon")
 
     def _rows(self) -> list[tuple[str, str]]:
-        rows = [("task", f"{self.recipe.task}, base model {self.recipe.model.name}")]
+        lora = self.recipe.training.lora
+        rows = [
+            ("task", f"{self.recipe.task}, base model {self.recipe.model.name}"),
+            ("trained", "all weights" if lora is None else f"LoRA adapters of rank {lora.rank}"),
+        ]
         if self.privacy is None:
             rows.append(("privacy", "OFF: nothing is promised about any record"))
         else:
@@ -196,7 +177,7 @@ def make_plan(
 
     Args:
         recipe: The recipe.
-        base: The loaded base model; None loads it.
+        base: The loaded base model, in the weights the recipe trains; None loads it.
         tokens_per_record: Mean record length; None assumes half of ``data.max_length``.
         num_processes: Predict the memory of each of so many processes, under every strategy.
         memory_bytes: Memory that each of them has; None takes what this machine has.
@@ -212,77 +193,15 @@ def make_plan(
     if privacy is not None:
         gradient_noise_multiplier(recipe, noise_multiplier=privacy.noise_multiplier)  # refuses early
     if base is None:
-        from securetune.models.base import load_base
+        from securetune.training.subjects import load_recipe_base
 
-        base = load_base(recipe.model)
+        base = load_recipe_base(recipe)
     tokens = tokens_per_record or recipe.data.max_length / 2
-    size = measure_size(recipe, base, num_trained=_adapter_parameters(recipe, base), tokens_per_record=tokens)
+    size = measure_size(recipe, base, tokens_per_record=tokens)
     distribution = None
     if num_processes is not None:
         distribution = distribute(size, base, num_processes=num_processes, memory_bytes=memory_bytes)
-    memory = rank_memory("single", 1, size).total
-    return Plan(recipe, privacy, _estimate(recipe, base, tokens, memory), distribution)
-
-
-def _estimate(recipe: Recipe, base: "BaseModel", tokens: float, memory_bytes: int) -> Estimate:
-    forward, training = _measure(base, max(8, round(tokens)))
-    most = recipe.privacy.max_records_per_user or 1  # records of one unit
-    drawn = recipe.privacy.steps * recipe.privacy.expected_batch_size * most * tokens
-    passes = 1 if recipe.adversarial.method == "none" else 1 + recipe.adversarial.steps
-    settings = recipe.evaluation
-    judged = (settings.num_texts + settings.num_membership) * tokens * forward
-    if recipe.task == "classify":
-        pgd = settings.num_attacked * len(settings.pgd_radii) * settings.pgd_steps * tokens * training
-        judged += pgd + settings.num_attacked * settings.character_queries * tokens * forward
-    return Estimate(
-        seconds={
-            "plain fine-tune": drawn * training,
-            "hardened training": drawn * passes * training,
-            "evaluation of three models": judged * _MODELS_EVALUATED,
-        },
-        memory_bytes=memory_bytes,
-        tokens_per_record=tokens,
-        forward_ms_per_token=forward * 1e3,
-        training_ms_per_token=training * 1e3,
-    )
-
-
-def _measure(base: "BaseModel", tokens: int) -> tuple[float, float]:
-    """Time the decoder on one small batch: seconds per token forward, and forward with backward."""
-    decoder = base.model.get_decoder()
-    width = base.model.config.get_text_config().hidden_size
-    embeds = torch.zeros((_PROBE_ROWS, tokens, width), dtype=base.dtype, device=base.device)
-
-    def once(with_backward: bool) -> float:
-        started = time.perf_counter()
-        with torch.set_grad_enabled(with_backward):
-            hidden = decoder(
-                inputs_embeds=embeds.requires_grad_(with_backward), use_cache=False
-            ).last_hidden_state
-            if with_backward:
-                torch.autograd.grad(hidden.float().sum(), embeds)
-        if base.device.type == "cuda":
-            torch.cuda.synchronize(base.device)
-        return (time.perf_counter() - started) / embeds.shape[:2].numel()
-
-    for with_backward in (True, False):
-        once(with_backward)
-    return min(once(False) for _ in range(2)), min(once(True) for _ in range(2))
-
-
-def _adapter_parameters(recipe: Recipe, base: "BaseModel") -> int:
-    lora = recipe.training.lora
-    total = 0
-    output = base.model.get_output_embeddings()
-    for name, module in base.model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-            continue
-        if module is output or isinstance(module, torch.nn.Embedding):
-            continue
-        if lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules:
-            total += lora.rank * sum(weight.shape)
-    return total
+    return Plan(recipe, privacy, estimate_cost(recipe, base, tokens), distribution)
 
 
 def write_plan(plan: Plan, run: RunFolder) -> None:

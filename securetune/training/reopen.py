@@ -10,10 +10,10 @@ import torch
 
 from securetune.config.schema import Recipe
 from securetune.errors import CheckpointError
-from securetune.models.adapters import load_adapter
 from securetune.models.base import load_base
 from securetune.training.access import Access
 from securetune.training.prepare import PROBES
+from securetune.training.subjects import holds_weights, restore
 
 _TOLERANCE = 1e-3  # logits, float32, same operations in two processes
 _READER = """
@@ -45,8 +45,8 @@ def check_reopens(recipe: Recipe, access: Access, checkpoint: Path, public_key: 
     """
     base = load_base(recipe.model.model_copy(update={"dtype": "float32", "device": "cpu"}))
     with access.open(checkpoint) as vault:
-        files = {name: vault.read("adapter", name) for name in vault.names("adapter")}
-    model = load_adapter(base.model, files)
+        model = restore(base, vault)
+        compartment = "weights" if holds_weights(vault) else "adapter"
     with torch.no_grad():
         expected = [model(**base.tokenizer(probe, return_tensors="pt")).logits[0, -1] for probe in PROBES]
     key = ["--identity", str(access.identity_file)] if access.identity_file else []
@@ -59,9 +59,9 @@ def check_reopens(recipe: Recipe, access: Access, checkpoint: Path, public_key: 
             passphrase.write_bytes(bytes(access.passphrase))
             key = ["--passphrase-file", str(passphrase)]
         arguments = ["checkpoint", "open", str(checkpoint), str(target), "--public-key", str(public_key)]
-        arguments += [*key, "--base", recipe.model.name]
+        arguments += key if compartment == "weights" else [*key, "--base", recipe.model.name]
         _run([sys.executable, "-m", "securetune", *arguments])
-        output = _run([sys.executable, "-c", _READER, str(target / "adapter"), json.dumps(PROBES)])
+        output = _run([sys.executable, "-c", _READER, str(target / compartment), json.dumps(PROBES)])
     actual = torch.tensor(json.loads(output.strip().rpartition("\n")[2]))
     difference = float((actual - torch.stack(expected)).abs().max())
     if not difference <= _TOLERANCE:

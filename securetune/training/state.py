@@ -1,20 +1,22 @@
-"""What a killed training goes on from: adapters and optimizer moments, sealed; never a key of noise."""
+"""What a killed training goes on from: weights and optimizer moments, sealed; never a key of noise."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from securetune.checkpoints import Sealer
+from securetune.checkpoints import Sealer, Vault
 from securetune.errors import CheckpointError
+from securetune.files import LazyFiles
 from securetune.privacy.clipping import Clipping
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.training.access import Access
 from securetune.training.stopping import EarlyStopping
 
-_FLAT = "flat.safetensors"
+_SUFFIX = ".safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -53,7 +55,7 @@ def save_state(
     Args:
         folder: Where to.
         sealer: Seals for this run's recipients.
-        grads: Owner of the flat adapter vector.
+        grads: Owner of the flat vector of all trainable parameters.
         optimizer: AdamW over it.
         owner: What the state belongs to: model, recipe, base. A state of another owner is not loaded.
         stopping: Early stopping, where there is any.
@@ -76,8 +78,8 @@ def save_state(
     sealer.seal(
         folder,
         {
-            "adapter": {_FLAT: _to_bytes(params)},
-            "optimizer": {_FLAT: _to_bytes({name: moments[name] for name in _MOMENTS})},
+            "weights": _files(params),
+            "optimizer": _files({name: moments[name] for name in _MOMENTS}),
         },
         metadata=metadata,
     )
@@ -92,12 +94,12 @@ def load_state(
     owner: Mapping[str, str],
     stopping: EarlyStopping | None = None,
 ) -> SavedState:
-    """Restore a sealed training state into adapters and optimizer.
+    """Restore a sealed training state into model and optimizer.
 
     Args:
         folder: Where from.
         access: The run's keys.
-        grads: Owner of the flat adapter vector, changed in place.
+        grads: Owner of the flat vector of all trainable parameters, changed in place.
         optimizer: AdamW over it, changed in place.
         owner: What the state must belong to.
         stopping: Early stopping, where there is any, changed in place.
@@ -108,8 +110,6 @@ def load_state(
     Raises:
         CheckpointError: If the state belongs to something else, or was changed.
     """
-    from safetensors.torch import load
-
     with access.open(folder) as vault:
         found = vault.metadata.get("owner")
         if found != dict(owner):
@@ -118,9 +118,8 @@ def load_state(
                 f"{found}. "
                 "It cannot be resumed from here."
             )
-        adapter = load(vault.read("adapter", _FLAT))
-        params = adapter["params"]
-        moments = load(vault.read("optimizer", _FLAT))
+        params = _read(vault, "weights", "params")
+        moments = {name: _read(vault, "optimizer", name).to(grads.flat_params) for name in _MOMENTS}
         saved = SavedState(
             steps_done=int(vault.metadata["steps_done"]),
             steps_charged=int(vault.metadata["steps_charged"]),
@@ -129,21 +128,34 @@ def load_state(
             clipping=vault.metadata["clipping"],
         )
         if stopping is not None:
-            stopping.load(vault.metadata["stopping"], adapter.get("best_params"))
+            has_best = f"best_params{_SUFFIX}" in vault.names("weights")
+            best = _read(vault, "weights", "best_params") if has_best else None
+            stopping.load(vault.metadata["stopping"], best)
     if params.shape != grads.flat_params.shape:
         raise CheckpointError(
-            f"{folder} holds {params.numel()} adapter parameters, this recipe has {grads.num_params}."
+            f"{folder} holds {params.numel()} trained parameters, this recipe has {grads.num_params}."
         )
     with torch.no_grad():
         grads.flat_params.copy_(params)
     optimizer.state[grads.flat_params] = {
         "step": torch.tensor(float(saved.steps_done)),
-        **{name: moments[name].to(grads.flat_params) for name in _MOMENTS},
+        **moments,
     }
     return saved
 
 
-def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
+def _files(tensors: Mapping[str, Tensor]) -> LazyFiles:
+    """One file for each vector: each is as large as the model where all weights are trained."""
+    return LazyFiles({f"{name}{_SUFFIX}": partial(_to_bytes, name, value) for name, value in tensors.items()})
+
+
+def _to_bytes(name: str, tensor: Tensor) -> bytes:
     from safetensors.torch import save
 
-    return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    return save({name: tensor.cpu().contiguous()})
+
+
+def _read(vault: Vault, compartment: str, name: str) -> Tensor:
+    from safetensors.torch import load
+
+    return load(vault.read(compartment, f"{name}{_SUFFIX}"))[name]

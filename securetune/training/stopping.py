@@ -1,10 +1,10 @@
-"""Early stopping: a score every few steps, the adapters of the best check, and the decision to end.
+"""Early stopping: a score every few steps, the weights of the best check, and the decision to end.
 
 What is released then depends on every score, so under privacy a score may only be computed from public
 records (the model itself is already protected) or be noised and paid for. The second is the share of
 held-out records that are labelled right, noised as in :mod:`securetune.privacy.release`. A record is
 trained on or held out, never both: given the held-out records, a training record reaches the scores through
-the protected adapters alone; given the training records, a held-out record reaches the adapters through the
+the protected weights alone; given the training records, a held-out record reaches the weights through the
 noised scores alone. So the two budgets compose in parallel although the two mechanisms take turns.
 """
 
@@ -25,11 +25,11 @@ from securetune.training.loop import Head
 
 
 class EarlyStopping:
-    """Decides when training ends, and keeps the adapters of the best check.
+    """Decides when training ends, and keeps the weights of the best check.
 
     Args:
         settings: The recipe's ``training.early_stopping`` section.
-        params: ``[P]``: the flat adapter vector that training changes in place.
+        params: ``[P]``: the flat vector of all trainable parameters, which training changes in place.
         score: Scores the model as it is; higher is better. A score that is not finite is never the best.
         steps: Planned steps.
     """
@@ -52,7 +52,7 @@ class EarlyStopping:
         return self._checks_without_gain >= self._settings.patience
 
     def check(self, step: int) -> float | None:
-        """Score the model if a check is due after this step, and keep its adapters if it is the best so far.
+        """Score the model if a check is due after this step, and keep its weights if it is the best so far.
 
         Args:
             step: The step that was done, from 1.
@@ -73,7 +73,7 @@ class EarlyStopping:
         return score
 
     def restore_best(self) -> None:
-        """Put the adapters of the best check back; without a check with a finite score, keep the last."""
+        """Put the weights of the best check back; without a check with a finite score, keep the last."""
         if self.best_params is not None:
             with torch.no_grad():
                 self._params.copy_(self.best_params)
@@ -91,7 +91,7 @@ class EarlyStopping:
 
         Args:
             state: From :meth:`state`.
-            best_params: ``[P]``: the adapters of the best check; None if there is none.
+            best_params: ``[P]``: the weights of the best check; None if there is none.
         """
         score, step = state["best_score"], state["best_step"]
         self._best_score = None if score is None else float(score)

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -163,28 +163,29 @@ class Strategy:
         """Return the largest of a number over all processes."""
         return number if self.processes is None else self.processes.most(number)
 
-    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Prepared:
+    def prepare(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, *, passes: Literal[1, 2] = 1
+    ) -> Prepared:
         """Share a model among the processes, and make its per-sample gradients and optimizer.
 
         Args:
             model: The same on every process, with its adapters, on its device; checked already.
             make_optimizer: Makes the optimizer over a list of parameters.
+            passes: Backward passes for each micro-batch; see :class:`PerSampleGradients`.
 
         Returns:
             What trains it.
         """
-        if self.processes is None:
-            grads = PerSampleGradients(model)
-            return Prepared(grads, make_optimizer([grads.flat_params]), None, call)
-        if self.name == "ddp":
-            grads = PerSampleGradients(model)
-            optimizer = make_optimizer([grads.flat_params])
-            return Prepared(grads, optimizer, DataParallel(self.processes), call)
-        if self.name == "fsdp2":
-            return self._prepare_fsdp2(model, make_optimizer)
-        return self._prepare_zero(model, make_optimizer)
+        if self.holds_whole:
+            grads = PerSampleGradients(model, passes=passes)
+            reduction = None if self.processes is None else DataParallel(self.processes)
+            return Prepared(grads, make_optimizer([grads.flat_params]), reduction, call)
+        prepare = self._prepare_fsdp2 if self.name == "fsdp2" else self._prepare_zero
+        return prepare(model, make_optimizer, passes)
 
-    def _prepare_fsdp2(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Prepared:
+    def _prepare_fsdp2(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, passes: Literal[1, 2]
+    ) -> Prepared:
         from torch.distributed.fsdp import fully_shard
 
         assert self.processes is not None
@@ -192,12 +193,14 @@ class Strategy:
         for block in blocks_of(model):
             fully_shard(block)
         fully_shard(root)
-        grads = PerSampleGradients(model)
+        grads = PerSampleGradients(model, passes=passes)
         grads.agree_on_most = self.processes.most
         optimizer = make_optimizer([place.parameter for place in grads.parameters])
         return Prepared(grads, optimizer, FullySharded(self.processes, grads.parameters), root)
 
-    def _prepare_zero(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Prepared:
+    def _prepare_zero(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, passes: Literal[1, 2]
+    ) -> Prepared:
         assert self.processes is not None
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -226,7 +229,7 @@ class Strategy:
             config=config,
             dist_init_required=False,
         )
-        grads = PerSampleGradients(model)
+        grads = PerSampleGradients(model, passes=passes)
         return Prepared(grads, engine.optimizer, Zero(self.processes, engine, grads), engine)
 
     def whole(self, place: TrainableParameter) -> Tensor:

@@ -125,3 +125,17 @@ def test_sha256_file(tmp_path):
     content = b"x" * (3 << 20)
     (tmp_path / "big").write_bytes(content)
     assert files.sha256_file(tmp_path / "big") == hashlib.sha256(content).hexdigest()
+
+
+def test_lazy_files_are_made_when_they_are_taken_out():
+    made = []
+
+    def maker(name):
+        return lambda: made.append(name) or name.encode()
+
+    lazy = files.LazyFiles({name: maker(name) for name in ("a", "b")})
+    assert (len(lazy), list(lazy), made) == (2, ["a", "b"], [])
+    assert lazy["b"] == b"b"
+    assert made == ["b"]
+    with pytest.raises(KeyError):
+        lazy["c"]

@@ -277,6 +277,7 @@ class PerSampleGradients:
         finally:
             for path in self.paths:
                 path.attach()
+            self._watch.forget()  # no backward() of ours follows, and the next pass may have other rows
 
     # What the paths call.
 

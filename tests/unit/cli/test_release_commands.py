@@ -6,6 +6,7 @@ import torch
 from securetune.checkpoints import load_recipient, load_signing_key, seal
 from securetune.models.adapters import adapt, adapter_files
 from securetune.models.base import load_base
+from securetune.models.weights import unfreeze, weight_files
 from tests.sample_recipe import recipe_text, sample_recipe
 from tests.tiny import tiny_folder
 
@@ -69,6 +70,40 @@ def test_export_writes_a_folder_that_transformers_loads(run_cli, tmp_path, train
     assert "It is not encrypted, not signed and has passed no gate" in outcome.out
     assert not (tmp_path / "plain" / "adapter_config.json").exists()
     torch.testing.assert_close(logits_of(tmp_path / "plain"), trained_run, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def model_trained_in_full(run_cli, tmp_path, trained_run):
+    """The same run folder with a sealed model whose weights were all trained, and its logits."""
+    base = load_base(sample_recipe({"model.name": str(tmp_path / "base")}).model, float32_weights=True)
+    with torch.no_grad():
+        for parameter in unfreeze(base.model).parameters():
+            parameter.mul_(1.1)
+        expected = base.model(TOKENS).logits
+    assert not torch.allclose(expected, trained_run)
+    seal(
+        tmp_path / "runs" / "run" / "checkpoint",
+        sealed={"weights": weight_files(base.model, base.folder)},
+        signing_key=load_signing_key(tmp_path / "keys" / "signing.key"),
+        recipients=[load_recipient(tmp_path / "keys" / "recipient.key.pub")],
+        metadata={"base": {"name": base.name, "digest": base.digest}},
+    )
+    return expected
+
+
+def test_export_writes_a_model_that_was_trained_in_full(run_cli, tmp_path, model_trained_in_full):
+    outcome = run_cli("export", "run.yaml", "plain", *KEYS)
+    assert outcome.code == 0, outcome.err
+    assert torch.equal(logits_of(tmp_path / "plain"), model_trained_in_full)
+
+
+def test_an_opened_model_needs_no_base(run_cli, tmp_path, model_trained_in_full):
+    (tmp_path / "base").rename(tmp_path / "moved")
+    outcome = run_cli("checkpoint", "open", "runs/run/checkpoint", "opened", *KEYS)
+    assert outcome.code == 0, outcome.err
+    assert "AutoModelForCausalLM.from_pretrained('opened/weights')" in outcome.out
+    assert torch.equal(logits_of(tmp_path / "opened" / "weights"), model_trained_in_full)
+    assert (tmp_path / "opened" / "weights" / "tokenizer.json").is_file()
 
 
 @pytest.mark.usefixtures("trained_run")

@@ -4,7 +4,9 @@ from typing import get_args
 
 import pytest
 
-from securetune.config.schema import BrokenRules, Metric, Recipe, Tracker
+from securetune.config import parse_recipe
+from securetune.config.loader import dump_recipe
+from securetune.config.schema import BrokenRules, LoraConfig, Metric, Recipe, Tracker
 from securetune.errors import ConfigError
 from tests.sample_recipe import VALUES, sample_recipe
 
@@ -45,6 +47,18 @@ NO_EPSILON = {"training.early_stopping.epsilon": None}
             {"task": "generate", "data.labels": [], "data.prompt": "Q {text}"},
             "data.prompt",
             "has no effect with task = 'generate'",
+        ),
+        (
+            {"training.method": "full", "training.lora": {"rank": 4}},
+            "training.lora",
+            "has no effect with method = 'full', which trains all weights. Remove it (--set "
+            "training.lora=null), or set method to 'lora'",
+        ),
+        ({"training.lora": None}, "training.lora", "required for method = 'lora'. Leave it out for the"),
+        (
+            {"training.passes": 2},
+            "training.passes",
+            "must be 1 with method = 'lora', got 2: the gradients of adapters are small",
         ),
         ({"data.deduplicate": "fuzzy"}, "data.deduplicate", "cannot be 'fuzzy' with privacy.enabled = true"),
         (
@@ -305,3 +319,13 @@ def test_trackers_are_those_accelerate_knows():
     from accelerate.utils import LoggerType
 
     assert set(get_args(Tracker)) == {str(kind) for kind in LoggerType} - {"all"}
+
+
+def test_adapters_have_defaults_where_they_are_trained_and_are_absent_elsewhere():
+    assert sample_recipe().training.lora == LoraConfig()
+    full = sample_recipe({"training.method": "full", "training.passes": 2})
+    assert full.training.lora is None
+    with_lora = {"training.lora": {"rank": 8}}
+    assert sample_recipe(with_lora, ("training.method=full", "training.lora=null")).training.lora is None
+    for recipe in (sample_recipe(with_lora), full):
+        assert parse_recipe(dump_recipe(recipe), "again.yaml", ()) == recipe

@@ -22,6 +22,23 @@ def test_float32_attention_is_no_less_exact_and_keeps_the_dtype():
     assert (hidden(model) - truth).abs().mean() <= 1.1 * plain
 
 
+def test_autocast_does_not_round_the_attention():
+    model = tiny_llama()
+    use_float32_attention(model)
+    seen = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(*args, **options):
+        output = original(*args, **options)
+        seen.append(output.dtype)
+        return output
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+        hidden(model)
+    assert seen == [torch.float32] * 2
+
+
 def test_masks_are_still_applied():
     model = tiny_llama()
     mask = torch.ones_like(IDS)

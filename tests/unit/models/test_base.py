@@ -38,6 +38,18 @@ def test_bfloat16_on_a_cpu_gets_float32_attention(folder):
     assert loaded.model.config._attn_implementation == "securetune_cpu"
 
 
+def test_weights_that_are_trained_are_float32_and_compute_in_the_recipes_dtype(folder):
+    loaded = load_base(options(folder, dtype="bfloat16"), float32_weights=True)
+    assert (loaded.model.dtype, loaded.dtype, loaded.autocast) == (
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+    )
+    assert loaded.model.config._attn_implementation == "securetune_cpu"
+    exact = load_base(options(folder), float32_weights=True)
+    assert (exact.dtype, exact.autocast) == (torch.float32, None)
+
+
 def test_the_digest_follows_weights_config_and_tokenizer_only(tmp_path, folder):
     first = tiny_folder(tmp_path / "a")
     digest = base.folder_digest(first)

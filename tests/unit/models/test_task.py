@@ -161,12 +161,11 @@ def test_what_padding_holds_does_not_matter():
 
 
 def test_a_frozen_output_layer_and_slices_give_the_same_loss_and_gradient(monkeypatch):
-    model = tiny_llama(dtype=torch.float64)
-    head, batch = GenerateHead(model), make_batch((9, 4, 13))
+    model, batch = tiny_llama(dtype=torch.float64), make_batch((9, 4, 13))
     results = []
     for rows, is_frozen in ((512, False), (3, False), (3, True)):
         monkeypatch.setattr("securetune.models.task._HEAD_ROWS", rows)
-        model.requires_grad_(not is_frozen)
+        head = GenerateHead(model.requires_grad_(not is_frozen))
         embeds = head.embed(batch).detach().requires_grad_(True)
         losses = head.losses(embeds, batch)
         results.append((losses, *torch.autograd.grad(losses.sum(), embeds)))
@@ -216,7 +215,7 @@ def test_labels_are_needed_for_a_loss():
 
 
 def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused():
-    model = tiny_llama()
+    model = tiny_llama().requires_grad_(False)
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5 + 1)
     with pytest.raises(ConfigError, match=r"LlamaForCausalLM \(model_type 'llama'\) computes its logits"):
         GenerateHead(model)

@@ -78,6 +78,24 @@ def test_card_states_the_guarantee_and_what_it_leaves_out():
         assert phrase in card, phrase
 
 
+def test_card_says_clipping_and_noise_once():
+    report = sample_report()
+    assert report.privacy is not None
+    assert "| Mechanism |" in render_card(shareable(report), signer=SIGNER)  # it states no noise
+    privacy = report.privacy.model_copy(update={"noise": "Gaussian, noise multiplier 1.1"})
+    card = render_card(shareable(sample_report(privacy=privacy)), signer=SIGNER)
+    assert "| Noise | Gaussian, noise multiplier 1.1 |" in card
+    assert "Mechanism" not in card
+
+
+def test_card_of_a_model_that_was_trained_in_full_tells_how_to_load_it():
+    statement = sample_report().recipe.model_copy(update={"method": "full"})
+    card = render_card(shareable(sample_report(recipe=statement)), signer=SIGNER)
+    assert front_matter(card)["library_name"] == "transformers"
+    assert 'AutoModelForCausalLM.from_pretrained("OPENED/weights")' in card
+    assert "adapter" not in card
+
+
 def test_card_of_a_run_without_privacy_says_so():
     card = render_card(shareable(sample_report(privacy=None)), signer=SIGNER)
     assert "trained **without** differential privacy" in card

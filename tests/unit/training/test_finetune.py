@@ -66,7 +66,10 @@ class Run:
             finally:
                 self.monkeypatch.undo()
             with access.open(finetune.checkpoint_of(run, subject)) as vault:
-                files = load(vault.read("adapter", "adapter_model.safetensors"))
+                kind, name = "adapter", "adapter_model.safetensors"
+                if self.recipe.training.method == "full":
+                    kind, name = "weights", "model.safetensors"
+                files = load(vault.read(kind, name))
         self.run = run
         return torch.cat([files[name].flatten() for name in sorted(files)])
 
@@ -104,7 +107,7 @@ def test_stopping_early_keeps_the_best_adapters_and_costs_the_planned_epsilon(wo
     assert state.epsilon() == pytest.approx(planned) == pytest.approx(run.plan.privacy.epsilon)
     last = run.run.read_metrics()[-1]
     assert (last["step"], last["epsilon"]) == (3, pytest.approx(planned))
-    assert "at step 3 of 5; the adapters of step 1 are kept; its whole epsilon is charged" in caplog.text
+    assert "at step 3 of 5; the weights of step 1 are kept; its whole epsilon is charged" in caplog.text
 
 
 def test_all_tests_are_charged_before_the_first_step_and_the_release_after(workshop, monkeypatch):
@@ -293,3 +296,64 @@ def test_correlated_noise_that_stops_early_charges_no_resumption(workshop, monke
     run.go([0.5, 0.4, 0.3])
     assert run.steps == [1, 2, 3]
     assert run.ledger.steps_charged == 1
+
+
+FULL = {
+    "method": "full",
+    "learning_rate": 0.003,
+    "label_smoothing": 0.1,
+    "gradient_checkpointing": True,
+    "passes": 2,
+}
+
+
+def test_a_killed_training_in_full_goes_on_and_keeps_the_best_weights(workshop, monkeypatch):
+    run = Run(workshop, monkeypatch, "full", training={**FULL, "early_stopping": NOISY})
+    with pytest.raises(Killed):
+        run.go([0.5, 0.4], kill_after=2)
+    best = run.kept[1]
+    assert best.numel() == sum(p.numel() for p in load_base(run.recipe.model).model.parameters())
+    seen = []
+    load_state = finetune.load_state
+
+    def noting(folder, access, grads, *args, **options):
+        saved = load_state(folder, access, grads, *args, **options)
+        seen.append((saved.steps_done, grads.flat_params.detach().clone()))
+        return saved
+
+    monkeypatch.setattr(finetune, "load_state", noting)
+    sealed = run.go([0.3])
+    ((steps_done, resumed),) = seen
+    assert steps_done == 2
+    assert torch.equal(resumed, run.kept[2])
+    assert run.steps == [1, 2, 3]
+    assert same_numbers(sealed, best)
+    assert run.ledger.steps_charged == STEPS
+
+
+def test_an_attack_after_a_resumption_is_as_long_as_before(workshop, monkeypatch):
+    run = Run(workshop, monkeypatch, "unit", training=FULL, publish={})
+    units = []
+    make = finetune.Adversary
+
+    def noting(*args, **options):
+        units.append(make(*args, **options))
+        return units[-1]
+
+    monkeypatch.setattr(finetune, "Adversary", noting)
+    with pytest.raises(Killed):
+        run.go(kill_after=3)
+    monkeypatch.setattr(finetune, "Adversary", noting)
+    run.go()
+    first, second = (adversary._unit for adversary in units)
+    assert first == second
+
+
+@pytest.mark.parametrize("training", [{"lora": {"rank": 2}}, {"method": "full"}])
+def test_a_training_that_moves_nothing_is_refused(workshop, monkeypatch, training):
+    privacy = {**RECIPE["privacy"], "enabled": False}
+    still = {**training, "learning_rate": 1e-60}
+    name = f"still-{len(training)}-{training.get('method', 'lora')}"
+    run = Run(workshop, monkeypatch, name, training=still, privacy=privacy, publish={}, gate={})
+    with pytest.raises(PrivacyError, match="what is trained did not move: nothing was learnt"):
+        run.go()

@@ -110,12 +110,18 @@ def test_processes_of_a_cpu_share_its_memory(base):
 
 def test_sizes_of_a_model(base):
     recipe = sample_recipe({"training.micro_batch_tokens": 512, "data.max_length": 64})
-    size = measure_size(recipe, base, num_trained=1_000, tokens_per_record=32)
+    size = measure_size(recipe, base, tokens_per_record=32)
     model = base.model
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     total = sum(p.numel() for p in model.parameters())
-    assert size.whole == Weights(total, 1_000)
-    assert size.layer == Weights(layers[0], 500)
+    lora = recipe.training.lora
+    adapters = sum(
+        lora.rank * sum(module.weight.shape)
+        for name, module in model.named_modules()
+        if name.endswith(("q_proj", "v_proj"))
+    )
+    assert size.whole == Weights(total, adapters)
+    assert size.layer == Weights(layers[0], adapters // len(layers))
     assert size.outside == Weights(total - sum(layers), 0)
     assert size.frozen_itemsize == 4
-    assert size.sample_bytes == 4 * 16 * 1_000  # 512 tokens hold 16 records of 32
+    assert size.sample_bytes == 4 * 16 * adapters  # 512 tokens hold 16 records of 32

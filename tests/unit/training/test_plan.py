@@ -11,7 +11,8 @@ from rich.console import Console
 from securetune.config import parse_recipe
 from securetune.models.base import BaseModel
 from securetune.privacy.accounting import epsilon_spent
-from securetune.training.plan import _adapter_parameters, make_plan
+from securetune.training.estimate import _adapter_parameters
+from securetune.training.plan import make_plan
 from tests.sample_recipe import recipe_text
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -127,4 +128,5 @@ def test_adapter_size_is_what_peft_makes(base, targets):
     plan = plan_of(base, training__lora__target_modules=targets, training__lora__rank=3)
     model = adapt(tiny_llama(), plan.recipe.training.lora)
     actual = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert _adapter_parameters(plan.recipe, dataclasses.replace(base, model=tiny_llama())) == actual
+    fresh = dataclasses.replace(base, model=tiny_llama())
+    assert _adapter_parameters(plan.recipe.training.lora, fresh) == actual
