@@ -8,5 +8,6 @@ the rounding of the sum.
 from securetune.privacy.distributed.collectives import Processes
 from securetune.privacy.distributed.data_parallel import DataParallel
 from securetune.privacy.distributed.fully_sharded import FullySharded
+from securetune.privacy.distributed.shared_ledger import SharedLedger
 
-__all__ = ["DataParallel", "FullySharded", "Processes"]
+__all__ = ["DataParallel", "FullySharded", "Processes", "SharedLedger"]

@@ -6,9 +6,9 @@ a process that waits there for too long learns whom it waits for, which is what 
 
 import contextlib
 import json
-import logging
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from securetune import errors
 from securetune.errors import MachineError
-
-_logger = logging.getLogger(__name__)
+from securetune.privacy.noise import KEY_BYTES, SecretKey
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
@@ -158,6 +158,38 @@ class Processes:
             with self._explained("sharing"):
                 dist.broadcast(tensor, group=self._side, group_src=0)
         return tensor.numpy().tobytes()
+
+    def new_key(self) -> SecretKey:
+        """Make a key that all processes have, and nobody else."""
+        return SecretKey(self.share_secret(os.urandom(KEY_BYTES) if self.rank == 0 else None, KEY_BYTES))
+
+    def on_first(self, function: Callable[[], Any]) -> Any:
+        """Run a function on the first process, and end all of them alike if it fails.
+
+        Args:
+            function: Returns something JSON-able.
+
+        Returns:
+            What it returned, on all processes.
+
+        Raises:
+            SecuretuneError: As the function raised it; elsewhere of the same kind and with the same message.
+        """
+        outcome: dict[str, Any] = {}
+        caught: BaseException | None = None
+        if self.rank == 0:
+            try:
+                outcome = {"value": function()}
+            except BaseException as error:
+                caught = error
+                outcome = {"error": type(error).__name__, "message": str(error)}
+        outcome = self.share(outcome)
+        if caught is not None:
+            raise caught
+        if "error" in outcome:
+            kind = getattr(errors, outcome["error"], MachineError)
+            raise kind(f"process 0: {outcome['message']}")
+        return outcome["value"]
 
     def share(self, value: Any) -> Any:
         """Give a JSON-able value of the first process to all of them; no pickle travels.

@@ -118,7 +118,7 @@ def _require_shard_by_rows(place: TrainableParameter, processes: Processes) -> N
     if tuple(parameter.placements) != (Shard(0),) or parameter.device_mesh.size() != processes.size:
         raise PrivacyError(
             f"{place.name} is laid out as {parameter.placements} over {parameter.device_mesh}; only rows "
-            f"over all {processes.size} processes (one mesh dimension, Shard(0)) are supported. Leave out hybrid "
+            f"over all {processes.size} processes (one mesh dimension, Shard(0)) work. Leave out hybrid "
             "sharding and tensor parallelism."
         )
 
