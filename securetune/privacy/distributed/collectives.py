@@ -243,6 +243,7 @@ class Processes:
 
 def _missing_ranks(message: str) -> str:
     """Keep what torch says about who did not come."""
+    message = message.partition(" This is typically caused")[0]
     for line in message.splitlines():
         if "rank" in line.lower():
             return line.strip().rstrip(".")
