@@ -120,6 +120,11 @@ def fine_tune(
     saved = None
     shards = state_shards(grads, optimizer, prepared.reduction)
     if strategy.on_first(partial(has_state, state)):
+        if shards is None:
+            raise CheckpointError(
+                f"strategy {strategy.name!r} cannot go on from the training state in {state}. Resume with ddp, "
+                "fsdp2 or one process."
+            )
         saved = load_state(state, access, shards, owner=owner, stopping=stopping)
     sampler = make_unit_sampler(
         recipe,
@@ -171,7 +176,9 @@ def fine_tune(
         )
         activate_dropout(model)
         save = None
-        if access.passphrase is not None:
+        if shards is None:
+            _logger.warning("strategy %s saves no training state: a killed run is lost.", strategy.name)
+        elif access.passphrase is not None:
             sealer = stack.enter_context(_sealer(access, saved)) if strategy.is_first else None
             save = partial(
                 save_state, state, sealer, shards, owner=owner, stopping=stopping, clipping=clipping

@@ -59,7 +59,7 @@ class StateShards(Protocol):
 
 def state_shards(
     grads: PerSampleGradients, optimizer: torch.optim.Optimizer, reduction: Reduction | None
-) -> StateShards:
+) -> StateShards | None:
     """Return what a run saves.
 
     Args:
@@ -68,13 +68,13 @@ def state_shards(
         reduction: The run's strategy; None for one process.
 
     Returns:
-        The shards, which hold no copy.
+        The shards, which hold no copy; None for a strategy whose state cannot be saved.
     """
     if isinstance(reduction, FullySharded):
         return RowShards(grads, optimizer, reduction)
-    return ReplicaShards(
-        grads, optimizer, reduction.processes if isinstance(reduction, DataParallel) else ALONE
-    )
+    if isinstance(reduction, DataParallel):
+        return ReplicaShards(grads, optimizer, reduction.processes)
+    return ReplicaShards(grads, optimizer) if reduction is None else None
 
 
 class ReplicaShards:

@@ -70,7 +70,9 @@ class Setup:
         starts = [0] if is_flat else [place.start for place in places]
         self.optimizer = torch.optim.AdamW(owned)
         self.places = list(zip(owned, starts, strict=True))
-        self.shards = state_shards(self.grads, self.optimizer, reduction)
+        shards = state_shards(self.grads, self.optimizer, reduction)
+        assert shards is not None
+        self.shards = shards
 
     def set(self, number: int) -> None:
         """Give parameters and moments the numbers of a save, without the code under test."""
