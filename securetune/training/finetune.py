@@ -122,8 +122,8 @@ def fine_tune(
     if strategy.on_first(partial(has_state, state)):
         if shards is None:
             raise CheckpointError(
-                f"strategy {strategy.name!r} cannot go on from the training state in {state}. Resume with ddp, "
-                "fsdp2 or one process."
+                f"strategy {strategy.name!r} cannot go on from the training state in {state}. "
+                "Resume with ddp, fsdp2 or one process."
             )
         saved = load_state(state, access, shards, owner=owner, stopping=stopping)
     sampler = make_unit_sampler(
