@@ -13,7 +13,8 @@ What holds:
     Loading verifies both signatures against a public key that the *caller* gives, then decrypts. A changed,
     added, removed or renamed file is refused by name. A sealed file opens only in its own checkpoint,
     compartment and place. A compartment opens only with its key. Saving is atomic: after a full disk or a
-    kill the old or the new checkpoint is there, whole.
+    kill the old or the new checkpoint is there, whole. That also holds where several processes write or open
+    one checkpoint together (``Peers``): what fails on one of them fails on all.
 
 What is not defended yet:
     An older checkpoint of the same owner verifies as well as the newest (no rollback detection:
@@ -38,22 +39,27 @@ from .keys import (
     signer_id,
 )
 from .manifest import COMPARTMENTS, FORMAT_VERSION, FileEntry, Manifest
+from .peers import ALONE, Alone, Peers, agreement
 from .safe_loading import check_adapter_config, check_payload, check_safetensors_bytes, check_safetensors_file
-from .sealing import Sealer, seal
+from .sealing import Sealer, seal, seal_part
 from .signing import SIGNATURE_NAME, sign_folder, verify_folder
 from .vault import Vault, open_vault, verify
 
 __all__ = [
+    "ALONE",
     "COMPARTMENTS",
     "FORMAT_VERSION",
     "SIGNATURE_NAME",
+    "Alone",
     "Argon2Params",
     "FileEntry",
     "Manifest",
+    "Peers",
     "RangeDecryptor",
     "Recipient",
     "Sealer",
     "Vault",
+    "agreement",
     "check_adapter_config",
     "check_payload",
     "check_safetensors_bytes",
@@ -73,6 +79,7 @@ __all__ = [
     "recipient_id",
     "replace_folder",
     "seal",
+    "seal_part",
     "sign_folder",
     "signer_id",
     "verify",

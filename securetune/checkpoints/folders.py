@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -247,7 +248,8 @@ def replace_folder(
     with _lock(target, wait=False):
         _recover(target)
         _check_replaceable(target, marker)
-        building = _sibling(target, "new")
+        # a name of its own: a process that still writes for a save that failed cannot write into this one
+        building = _sibling(target, f"new-{secrets.token_hex(8)}")
         os.mkdir(building, 0o700)  # noqa: PTH102
         try:
             yield building
@@ -304,7 +306,10 @@ def _recover(target: Path) -> None:
         else:
             os.rename(old, target)  # noqa: PTH104
             fsync_folder(target.parent)
-    _discard(_sibling(target, "new"))
+    left_over = re.compile(re.escape(_sibling(target, "new-").name) + "[0-9a-f]{16}")
+    for entry in list(target.parent.iterdir()):
+        if left_over.fullmatch(entry.name):
+            _discard(entry)
 
 
 def _check_replaceable(target: Path, marker: str | None) -> None:

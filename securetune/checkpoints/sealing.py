@@ -1,11 +1,17 @@
-"""Write sealed checkpoints: encrypt, sign, and swap the new folder in as one step."""
+"""Write sealed checkpoints: encrypt, sign, and swap the new folder in as one step.
 
+Several processes can write one checkpoint: each seals its own files into one folder, and the first, which has
+made the keys, signs what it was told of them and swaps the folder in.
+"""
+
+import contextlib
+import dataclasses
 import hashlib
 import io
 import os
 import stat
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Self, TypeAlias
 
@@ -36,11 +42,12 @@ from .manifest import (
     sign_manifest,
     utc_now,
 )
+from .peers import ALONE, Peers, agreement
 from .safe_loading import check_file_name, check_payload_at, check_public_payload
 from .signing import SIGNATURE_NAME, build_signature
 
-Content: TypeAlias = bytes | Path
-_Readable: TypeAlias = io.BytesIO | io.FileIO
+Content: TypeAlias = bytes | Path | io.RawIOBase
+_Readable: TypeAlias = io.BytesIO | io.RawIOBase
 SealedFiles: TypeAlias = Mapping[str, Mapping[str, Content]]
 _OWN_FILES = 4  # vault.json, keyring.json, inner.json.c256 and model.sig
 _EPOCH = 1  # every save has keys of its own; rotation within a checkpoint's life will count up from here
@@ -65,7 +72,8 @@ def seal(
     Args:
         out_dir: The checkpoint's folder. An older checkpoint there is replaced as one step; any other folder
             that is not empty is refused.
-        sealed: Content by compartment and name: bytes, or the path of a file to read. See ``COMPARTMENTS``.
+        sealed: Content by compartment and name: bytes, the path of a file to read, or an open binary stream
+            that can seek. See ``COMPARTMENTS``.
         signing_key: The owner's ECDSA P-256 private key.
         recipients: Who can open it; a plain key opens every compartment.
         passphrase: Opens every compartment.
@@ -171,47 +179,73 @@ class Sealer:
         public_files: Mapping[str, Content] | None = None,
         metadata: Mapping[str, Any] | None = None,
         published: bool = False,
+        peers: Peers = ALONE,
     ) -> Manifest:
-        """Write one checkpoint and count the generation up; see :func:`seal`."""
-        if not self._recipients and self._passphrase is None:
-            raise ConfigError("this Sealer is closed; make a new one.")
-        _check_compartments(sealed)
-        count = sum(len(contents) for contents in sealed.values()) + len(public_files or {})
-        if count > folders.MAX_FILES - _OWN_FILES:
-            raise CheckpointError(
-                f"a checkpoint holds at most {folders.MAX_FILES - _OWN_FILES} files, got {count}. "
-                "Use larger ones."
-            )
+        """Write one checkpoint and count the generation up; see :func:`seal`.
+
+        Args:
+            out_dir: The checkpoint's folder; where several processes write, on a file system they share.
+            sealed: Content by compartment and name. With ``peers``, the part of the first process, which
+                names every compartment that the others use.
+            public_files: Content by name that stays readable.
+            metadata: JSON object, sealed.
+            published: Whether others on this machine may read the folder.
+            peers: The processes that write together. The first calls this, the others :func:`seal_part`.
+
+        Returns:
+            What was signed.
+
+        Raises:
+            ConfigError: If an argument is not allowed.
+            CheckpointError: If content is not allowed, the disk is full, or another process failed; an older
+                checkpoint stays whole.
+        """
         target = Path(out_dir)
-        keys = {name: bytearray(os.urandom(KEY_BYTES)) for name in (*sealed, META)}
+        keys: dict[str, bytearray] = {}
         try:
-            folder_mode = 0o755 if published else 0o700
-            with folders.replace_folder(target, marker=VAULT_NAME, mode=folder_mode) as building:
-                writer = _Writer(
-                    building, keys, file_mode=0o644 if published else 0o600, folder_mode=folder_mode
-                )
-                manifest = self._write(writer, sealed, public_files or {}, metadata or {}, target)
-        except OSError as error:
-            raise CheckpointError(
-                f"{target} could not be saved: {error.strerror or error}. What was there before is whole. "
-                "Free some space, or write elsewhere."
-            ) from error
+            with contextlib.ExitStack() as stack:
+                with agreement(peers, f"{target} is saved"), _explained(target):
+                    if not self._recipients and self._passphrase is None:
+                        raise ConfigError("this Sealer is closed; make a new one.")
+                    _check_compartments(sealed)
+                    if not any(sealed.values()):
+                        raise ConfigError("a checkpoint must seal at least one file.")
+                    keys |= {name: bytearray(os.urandom(KEY_BYTES)) for name in (*sealed, META)}
+                    building = stack.enter_context(
+                        folders.replace_folder(target, marker=VAULT_NAME, mode=0o755 if published else 0o700)
+                    )
+                    (building / SHARD_FOLDER).mkdir()
+                    (building / SHARD_FOLDER).chmod(0o755 if published else 0o700)
+                    mode = 0o644 if published else 0o600
+                    writer = _Writer(building, str(uuid.uuid4()), keys, file_mode=mode)
+                peers.share([str(building.absolute()), writer.checkpoint_id, list(keys), mode])
+                peers.share_secret(b"".join(keys.values()), KEY_BYTES * len(keys))
+                with agreement(peers, f"the files of {target} are sealed"), _explained(target):
+                    writer.add_all(sealed)
+                others = peers.collect(None)[1:]
+                with agreement(peers, f"{target} is signed"), _explained(target):
+                    for number, entries in enumerate(others, 1):
+                        writer.adopt([FileEntry(*entry) for entry in entries], number)
+                    manifest = self._finish(writer, public_files or {}, metadata or {}, target)
+                    stack.close()  # puts the folder in place
         finally:
             wipe(keys.values())
         self.generation += 1
         return manifest
 
-    def _write(
+    def _finish(
         self,
         writer: "_Writer",
-        sealed: SealedFiles,
         public_files: Mapping[str, Content],
         metadata: Mapping[str, Any],
         target: Path,
     ) -> Manifest:
-        for compartment, contents in sealed.items():
-            for name, content in contents.items():
-                writer.add_sealed(compartment, name, content)
+        count = len(writer.entries) + len(public_files)
+        if count > folders.MAX_FILES - _OWN_FILES:
+            raise CheckpointError(
+                f"a checkpoint holds at most {folders.MAX_FILES - _OWN_FILES} files, got {count}. "
+                "Use larger ones."
+            )
         writer.add_sealed(META, INNER_NAME, _encode_metadata(metadata, writer.checkpoint_id))
         for name, content in public_files.items():
             writer.add_public(name, content)
@@ -239,19 +273,68 @@ class Sealer:
         return manifest
 
 
+def seal_part(sealed: SealedFiles, peers: Peers) -> None:
+    """Seal this process' files into the checkpoint that the first process writes by :meth:`Sealer.seal`.
+
+    Guarantees:
+        On return the whole checkpoint is in place; after an error none of it is, whichever process failed.
+
+    Args:
+        sealed: Content by compartment and name; no other process may use the same names.
+        peers: The processes that write together; not for the first of them.
+
+    Raises:
+        CheckpointError: If content is not allowed, the disk is full, or another process failed.
+    """
+    with agreement(peers, "a checkpoint is saved"):
+        _check_compartments(sealed)
+    folder, checkpoint_id, names, mode = peers.share(None)
+    secret = peers.share_secret(None, KEY_BYTES * len(names))
+    keys = {name: bytearray(secret[at * KEY_BYTES : (at + 1) * KEY_BYTES]) for at, name in enumerate(names)}
+    try:
+        writer = _Writer(Path(folder), checkpoint_id, keys, file_mode=mode)
+        with agreement(peers, "the files of a checkpoint are sealed"), _explained(Path(folder)):
+            writer.add_all(sealed)
+    finally:
+        wipe(keys.values())
+    peers.collect([dataclasses.astuple(entry) for entry in writer.entries])
+    with agreement(peers, "a checkpoint is signed"):
+        pass
+
+
 class _Writer:
     """Writes the files of one checkpoint and keeps what the manifest says about them."""
 
     def __init__(
-        self, folder: Path, keys: Mapping[str, bytearray], *, file_mode: int, folder_mode: int
+        self, folder: Path, checkpoint_id: str, keys: Mapping[str, bytearray], *, file_mode: int
     ) -> None:
-        self.checkpoint_id = str(uuid.uuid4())
+        self.checkpoint_id = checkpoint_id
         self.entries: list[FileEntry] = []
         self.keys = keys
         self._folder = folder
         self._file_mode = file_mode
-        (folder / SHARD_FOLDER).mkdir()
-        (folder / SHARD_FOLDER).chmod(folder_mode)
+
+    def add_all(self, sealed: SealedFiles) -> None:
+        """Seal files; see :func:`seal`."""
+        if not self._folder.is_dir():
+            raise CheckpointError(_not_shared(self._folder))
+        for compartment, contents in sealed.items():
+            if compartment not in self.keys:
+                raise CheckpointError(
+                    f"the first process seals nothing in {compartment}, so it made no key for it; allowed: "
+                    f"{', '.join(self.keys)}."
+                )
+            for name, content in contents.items():
+                self.add_sealed(compartment, name, content)
+
+    def adopt(self, entries: Iterable[FileEntry], number: int) -> None:
+        """Take over files that another process has sealed into the folder."""
+        for entry in entries:
+            self._check_new(entry.path)
+            path = self._folder / entry.path
+            if not path.is_file() or path.stat().st_size != entry.size:
+                raise CheckpointError(f"process {number} wrote {path}: {_not_shared(self._folder)}")
+            self.entries.append(entry)
 
     def add_sealed(self, compartment: str, name: str, content: Content) -> None:
         folders.check_name(name, "sealed file")
@@ -323,19 +406,38 @@ def _encode_metadata(metadata: Mapping[str, Any], checkpoint_id: str) -> bytes:
     return content
 
 
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Turn what the system refuses into an error that says what it means."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} could not be saved: {error.strerror or error}. What was there before is whole. "
+            "Free some space, or write elsewhere."
+        ) from error
+
+
+def _not_shared(folder: Path) -> str:
+    return (
+        f"{folder} is not the same here as where it was written. All processes must write to one file "
+        "system: choose a folder (run_dir) that every machine mounts."
+    )
+
+
 def _check_compartments(sealed: SealedFiles) -> None:
     if unknown := set(sealed) - set(COMPARTMENTS):
         raise ConfigError(f"unknown compartments {sorted(unknown)}; allowed: {', '.join(COMPARTMENTS)}.")
-    if not any(sealed.values()):
-        raise ConfigError("a checkpoint must seal at least one file.")
     for contents in sealed.values():
         for name in contents:
             check_file_name(name)
 
 
 def _open_content(content: Content, name: str) -> _Readable:
-    if not isinstance(content, Path):
+    if isinstance(content, bytes):
         return io.BytesIO(content)
+    if not isinstance(content, Path):
+        return content
     try:
         descriptor = os.open(content, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

@@ -1,5 +1,6 @@
 """Read sealed checkpoints: verify first, decrypt second."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -14,7 +15,7 @@ from securetune.errors import AccessDenied, CheckpointError, ConfigError, Signat
 
 from . import folders
 from ._json import parse_strict
-from .cobblestone import RangeDecryptor, Sink, decrypt_stream
+from .cobblestone import KEY_BYTES, RangeDecryptor, Sink, decrypt_stream
 from .dsse import MAX_BUNDLE_BYTES
 from .folders import FolderReader
 from .keyring import MAX_KEYRING_BYTES, open_keyring, wipe
@@ -32,6 +33,7 @@ from .manifest import (
     file_context,
     read_manifest,
 )
+from .peers import ALONE, Peers, agreement
 from .safe_loading import check_file_name, check_payload, check_payload_at, check_public_payload
 from .signing import SIGNATURE_NAME, changed_message, check_files, read_signature
 
@@ -66,8 +68,12 @@ def open_vault(
     identity: X25519PrivateKey | None = None,
     passphrase: bytes | bytearray | None = None,
     compartments: Sequence[str] | None = None,
+    peers: Peers = ALONE,
 ) -> "Vault":
     """Verify a checkpoint, then unwrap its keys.
+
+    Several processes open a checkpoint together: each checks the signatures and hashes a part of the files,
+    the first unwraps the keys and shares them, and all of them get an open checkpoint or none does.
 
     Args:
         path: The checkpoint's folder.
@@ -75,6 +81,8 @@ def open_vault(
         identity: A recipient's private key.
         passphrase: The passphrase, in place of or beside ``identity``.
         compartments: Which compartments are wanted; ``None`` means all that the key opens.
+        peers: The processes that open it together, which all call this. Only the first needs ``identity`` or
+            ``passphrase``.
 
     Returns:
         The open checkpoint; use it in a ``with`` statement, so that its keys are overwritten.
@@ -85,36 +93,48 @@ def open_vault(
         AccessDenied: If the key or passphrase opens nothing, or not all that is wanted.
         CheckpointError: If this is no sealed checkpoint, holds a pickle, or is of an unknown version.
     """
-    if identity is None and passphrase is None:
-        raise ConfigError(
-            "a sealed checkpoint needs an identity (a recipient's private key) or a passphrase."
+    with contextlib.ExitStack() as stack:
+        with agreement(peers, f"{path} is verified"):
+            if identity is None and passphrase is None and peers.rank == 0:
+                raise ConfigError(
+                    "a sealed checkpoint needs an identity (a recipient's private key) or a passphrase."
+                )
+            if unknown := set(compartments or ()) - set(COMPARTMENTS):
+                raise ConfigError(
+                    f"unknown compartments {sorted(unknown)}; allowed: {', '.join(COMPARTMENTS)}."
+                )
+            reader = stack.enter_context(_open_folder(path))
+            manifest = _verify(reader, public_key, part=(peers.rank, peers.size))
+        # what the others hashed counts only if it is the same checkpoint
+        opened = peers.share(manifest.digest)
+        keys: dict[str, bytearray] = {}
+        stack.callback(lambda: wipe(keys.values()))
+        with agreement(peers, f"{path} is opened"):
+            if manifest.digest != opened:
+                raise CheckpointError(f"{path} was replaced while it was opened. Try again.")
+            if peers.rank == 0:
+                content = reader.read(KEYRING_NAME, MAX_KEYRING_BYTES)
+                # read again after it was verified, so checked again: it may have been changed in between
+                if hashlib.sha256(content).hexdigest() != manifest.keyring.sha256:
+                    raise SignatureError(changed_message(reader.path / KEYRING_NAME))
+                keys |= open_keyring(
+                    content,
+                    name=str(reader.path / KEYRING_NAME),
+                    ckpt=manifest.checkpoint_id,
+                    epoch=manifest.epoch,
+                    identity=identity,
+                    passphrase=passphrase,
+                    compartments=compartments,
+                )
+        names: list[str] = peers.share(list(keys))
+        secret = peers.share_secret(
+            b"".join(keys.values()) if peers.rank == 0 else None, KEY_BYTES * len(names)
         )
-    if unknown := set(compartments or ()) - set(COMPARTMENTS):
-        raise ConfigError(f"unknown compartments {sorted(unknown)}; allowed: {', '.join(COMPARTMENTS)}.")
-    reader = _open_folder(path)
-    try:
-        manifest = _verify(reader, public_key)
-        content = reader.read(KEYRING_NAME, MAX_KEYRING_BYTES)
-        # read again after it was verified, so checked again: the file may have been changed in between
-        if hashlib.sha256(content).hexdigest() != manifest.keyring.sha256:
-            raise SignatureError(changed_message(reader.path / KEYRING_NAME))
-        keys = open_keyring(
-            content,
-            name=str(reader.path / KEYRING_NAME),
-            ckpt=manifest.checkpoint_id,
-            epoch=manifest.epoch,
-            identity=identity,
-            passphrase=passphrase,
-            compartments=compartments,
-        )
-        try:
-            return Vault(reader, manifest, keys)
-        except BaseException:
-            wipe(keys.values())
-            raise
-    except BaseException:
-        reader.close()
-        raise
+        for at, name in enumerate(names):
+            keys.setdefault(name, bytearray(secret[at * KEY_BYTES : (at + 1) * KEY_BYTES]))
+        vault = Vault(reader, manifest, keys)
+        stack.pop_all()
+        return vault
 
 
 class Vault:
@@ -140,6 +160,7 @@ class Vault:
         self.manifest = manifest
         self._reader = reader
         self._keys = keys
+        self._ranges: dict[str, RangeDecryptor] = {}
         self.metadata: dict[str, Any] = self._read_metadata()
 
     def __enter__(self) -> Self:
@@ -163,6 +184,7 @@ class Vault:
         """Overwrite the keys and close the files."""
         wipe(self._keys.values())
         self._keys.clear()
+        self._ranges.clear()
         self._reader.close()
 
     def names(self, compartment: str) -> tuple[str, ...]:
@@ -212,12 +234,15 @@ class Vault:
             ValueError: If the part does not lie within the file.
         """
         entry = self._entry(compartment, name)
-        return RangeDecryptor(
-            lambda start, size: self._reader.read_at(entry.path, start, size),
-            entry.size,
-            key=self._keys[compartment],
-            context=self._context(entry),
-        ).read(offset, count)
+        decryptor = self._ranges.get(entry.path)
+        if decryptor is None:
+            decryptor = self._ranges[entry.path] = RangeDecryptor(
+                lambda start, size: self._reader.read_at(entry.path, start, size),
+                entry.size,
+                key=self._keys[compartment],
+                context=self._context(entry),
+            )
+        return decryptor.read(offset, count)
 
     def read_public(self, name: str) -> bytes:
         """Read a public file.
@@ -364,7 +389,10 @@ def _open_folder(path: str | os.PathLike[str]) -> FolderReader:
     return FolderReader(path)
 
 
-def _verify(reader: FolderReader, public_key: ec.EllipticCurvePublicKey) -> Manifest:
+def _verify(
+    reader: FolderReader, public_key: ec.EllipticCurvePublicKey, *, part: tuple[int, int] = (0, 1)
+) -> Manifest:
+    """Verify all but the content of files that other processes hash: ``part`` is this one, and how many."""
     for name in reader.sizes:
         check_file_name(name)
     if VAULT_NAME not in reader.sizes:
@@ -387,13 +415,14 @@ def _verify(reader: FolderReader, public_key: ec.EllipticCurvePublicKey) -> Mani
     listed = manifest.digests
     if unlisted := signed.digests.keys() ^ (listed.keys() | {VAULT_NAME}):
         raise SignatureError(f"{path} and {SIGNATURE_NAME} do not list the same files: {sorted(unlisted)}.")
-    for entry in (*manifest.files, manifest.keyring):
+    for number, entry in enumerate((*manifest.files, manifest.keyring)):
         check_file_name(entry.name)
         file = reader.path / entry.path
         # sizes first: a huge sparse file is refused before it is read
         if reader.sizes[entry.path] != entry.size or signed.digests[entry.path] != entry.sha256:
             raise SignatureError(changed_message(file))
-        if reader.sha256(entry.path) != entry.sha256:
+        is_ours = number % part[1] == part[0]
+        if is_ours and reader.sha256(entry.path) != entry.sha256:
             raise SignatureError(changed_message(file))
         if entry.compartment is None and entry is not manifest.keyring:
             check_public_payload(str(file), reader.read_at(entry.path, 0, 4))

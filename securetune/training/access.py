@@ -8,6 +8,8 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
 from securetune.checkpoints import (
+    ALONE,
+    Peers,
     Sealer,
     Vault,
     generate_recipient_key,
@@ -60,11 +62,12 @@ class Access:
             generation=generation,
         )
 
-    def open(self, checkpoint: Path) -> Vault:
+    def open(self, checkpoint: Path, *, peers: Peers = ALONE) -> Vault:
         """Open a checkpoint of this run, verified first.
 
         Args:
             checkpoint: Its folder.
+            peers: The processes that open it together.
 
         Returns:
             The open checkpoint.
@@ -80,7 +83,7 @@ class Access:
                 "passphrase_file if it should "
                 "be resumable."
             )
-        return open_vault(checkpoint, public_key=self.public_key, passphrase=self.passphrase)
+        return open_vault(checkpoint, public_key=self.public_key, passphrase=self.passphrase, peers=peers)
 
 
 def prepare_access(recipe: Recipe, run: RunFolder) -> Access:

@@ -36,7 +36,8 @@ from securetune.training.mechanism import make_clipping, make_private_step
 from securetune.training.plan import Plan
 from securetune.training.prepare import PreparedData, probe_examples
 from securetune.training.progress import TrainingProgress
-from securetune.training.state import SavedState, load_state, save_state
+from securetune.training.state import SavedState, has_state, load_state, save_state
+from securetune.training.state_shards import state_shards
 from securetune.training.stopping import EarlyStopping, make_score
 from securetune.training.strategy import Strategy
 from securetune.training.subjects import (
@@ -113,8 +114,14 @@ def fine_tune(
     owner = {"subject": subject, "recipe": recipe_digest(recipe), "base": base.digest}
     stopping = _early_stopping(subject, recipe, head, grads, data, strategy)
     saved = None
-    if strategy.on_first((state / "vault.json").is_file):
-        saved = load_state(state, access, grads, optimizer, owner=owner, stopping=stopping)
+    shards = state_shards(grads, optimizer, prepared.reduction)
+    if strategy.on_first(partial(has_state, state)):
+        if shards is None:
+            raise CheckpointError(
+                f"strategy {strategy.name!r} cannot go on from the training state in {state}. "
+                "Resume with ddp, fsdp2 or one process."
+            )
+        saved = load_state(state, access, shards, owner=owner, stopping=stopping)
     sampler = make_unit_sampler(
         recipe,
         [example.user_id for example in data.train],
@@ -165,10 +172,12 @@ def fine_tune(
         )
         activate_dropout(model)
         save = None
-        if access.passphrase is not None and strategy.processes is None:
-            sealer = stack.enter_context(_sealer(access, saved))
+        if shards is None:
+            _logger.warning("strategy %s saves no training state: a killed run is lost.", strategy.name)
+        elif access.passphrase is not None:
+            sealer = stack.enter_context(_sealer(access, saved)) if strategy.is_first else None
             save = partial(
-                save_state, state, sealer, grads, optimizer, owner=owner, stopping=stopping, clipping=clipping
+                save_state, state, sealer, shards, owner=owner, stopping=stopping, clipping=clipping
             )
         _run_steps(
             subject,

@@ -1,23 +1,27 @@
-"""What a killed training goes on from: weights and optimizer moments, sealed; never a key of noise."""
+"""What a killed training goes on from: parameters and optimizer moments, sealed; never a key of noise.
+
+Each process seals its own part, and any number of processes, with any strategy, goes on from it.
+"""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from securetune.checkpoints import Sealer, Vault
+from securetune.checkpoints import Sealer, agreement, seal_part
+from securetune.checkpoints.folders import recover_folder
 from securetune.errors import CheckpointError
-from securetune.files import LazyFiles
 from securetune.privacy.clipping import Clipping
-from securetune.privacy.per_sample import PerSampleGradients
+from securetune.privacy.reduction import Address
 from securetune.training.access import Access
+from securetune.training.shard_files import ShardFiles, ShardStream, check_cover, runs_of
+from securetune.training.state_shards import PARAMS, StateShards, part_of
 from securetune.training.stopping import EarlyStopping
 
-_SUFFIX = ".safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_BEST = "best_params"
+_MANIFEST = "vault.json"
 
 
 class SavedState(NamedTuple):
@@ -38,11 +42,23 @@ class SavedState(NamedTuple):
     clipping: dict[str, Any]
 
 
+def has_state(folder: Path) -> bool:
+    """Say whether a training state was saved, and put it back if a save was killed between two renames.
+
+    Args:
+        folder: Where to.
+
+    Returns:
+        Whether :func:`load_state` finds one.
+    """
+    recover_folder(folder)
+    return (folder / _MANIFEST).is_file()
+
+
 def save_state(
     folder: Path,
-    sealer: Sealer,
-    grads: PerSampleGradients,
-    optimizer: torch.optim.Optimizer,
+    sealer: Sealer | None,
+    shards: StateShards,
     *,
     owner: Mapping[str, str],
     stopping: EarlyStopping | None = None,
@@ -52,19 +68,38 @@ def save_state(
 ) -> None:
     """Seal the training state after a step; an older state stays whole until the new one is complete.
 
+    All processes call it together.
+
     Args:
-        folder: Where to.
-        sealer: Seals for this run's recipients.
-        grads: Owner of the flat vector of all trainable parameters.
-        optimizer: AdamW over it.
+        folder: Where to: on a file system that all processes share.
+        sealer: Seals for this run's recipients, on the first process; None on the others.
+        shards: What each process saves.
         owner: What the state belongs to: model, recipe, base. A state of another owner is not loaded.
         stopping: Early stopping, where there is any.
         clipping: The clipping, whose thresholds may have moved; None without privacy.
         steps_done: Steps whose update is in the state.
         steps_charged: Steps in the ledger; 0 without privacy.
+
+    Raises:
+        CheckpointError: If the shards do not cover the parameters, the disk is full, or another process
+            failed.
+        MachineError: If another process is gone.
     """
-    moments = optimizer.state[grads.flat_params]
-    params = {"params": grads.flat_params.detach()}
+    peers = shards.peers
+    with agreement(peers, f"step {steps_done} is saved"):
+        arrays = _arrays(shards, stopping)
+    runs = peers.collect({name: runs_of(address for address, _ in parts) for name, parts in arrays.items()})
+    with agreement(peers, f"step {steps_done} is saved"):
+        for name in sorted({name for found in runs for name in found}):
+            everywhere = [(first, length) for found in runs for first, length in found.get(name, ())]
+            check_cover(name, everywhere, shards.num_params)
+    file = f"part-{peers.rank:05d}.safetensors"
+    adapter = {name: arrays.pop(name) for name in (PARAMS, _BEST) if name in arrays}
+    sealed = {"adapter": {file: ShardStream(adapter)}, "optimizer": {file: ShardStream(arrays)}}
+    if peers.rank:
+        seal_part(sealed, peers)
+        return
+    assert sealer is not None, "the first process seals"
     metadata: dict[str, Any] = {
         "owner": dict(owner),
         "steps_done": steps_done,
@@ -73,34 +108,25 @@ def save_state(
     }
     if stopping is not None:
         metadata["stopping"] = stopping.state()
-        if stopping.best_params is not None:
-            params["best_params"] = stopping.best_params
-    sealer.seal(
-        folder,
-        {
-            "weights": _files(params),
-            "optimizer": _files({name: moments[name] for name in _MOMENTS}),
-        },
-        metadata=metadata,
-    )
+    sealer.seal(folder, sealed, metadata=metadata, peers=peers)
 
 
 def load_state(
     folder: Path,
     access: Access,
-    grads: PerSampleGradients,
-    optimizer: torch.optim.Optimizer,
+    shards: StateShards,
     *,
     owner: Mapping[str, str],
     stopping: EarlyStopping | None = None,
 ) -> SavedState:
-    """Restore a sealed training state into model and optimizer.
+    """Restore a sealed training state, whatever number of processes and strategy saved it.
+
+    All processes call it together.
 
     Args:
         folder: Where from.
         access: The run's keys.
-        grads: Owner of the flat vector of all trainable parameters, changed in place.
-        optimizer: AdamW over it, changed in place.
+        shards: What each process needs; parameters and optimizer are changed in place.
         owner: What the state must belong to.
         stopping: Early stopping, where there is any, changed in place.
 
@@ -108,54 +134,43 @@ def load_state(
         Where the training stands.
 
     Raises:
-        CheckpointError: If the state belongs to something else, or was changed.
+        CheckpointError: If the state belongs to something else, was changed, or is not whole.
     """
-    with access.open(folder) as vault:
-        found = vault.metadata.get("owner")
+    with access.open(folder, peers=shards.peers) as vault, agreement(shards.peers, f"{folder} is restored"):
+        metadata, found = vault.metadata, vault.metadata.get("owner")
         if found != dict(owner):
             raise CheckpointError(
                 f"{folder} holds the training state of something else: expected {dict(owner)}, found "
-                f"{found}. "
-                "It cannot be resumed from here."
+                f"{found}. It cannot be resumed from here."
             )
-        params = _read(vault, "weights", "params")
-        moments = {name: _read(vault, "optimizer", name).to(grads.flat_params) for name in _MOMENTS}
+        files = ShardFiles(vault)
+        if files.num_params != shards.num_params:
+            raise CheckpointError(
+                f"{folder} holds {files.num_params} trained parameters, this recipe has {shards.num_params}."
+            )
         saved = SavedState(
-            steps_done=int(vault.metadata["steps_done"]),
-            steps_charged=int(vault.metadata["steps_charged"]),
+            steps_done=int(metadata["steps_done"]),
+            steps_charged=int(metadata["steps_charged"]),
             lineage=vault.manifest.lineage,
             next_generation=vault.manifest.generation + 1,
-            clipping=vault.metadata["clipping"],
+            clipping=metadata["clipping"],
         )
+        with torch.no_grad():
+            shards.restore(files.read, step=saved.steps_done)
         if stopping is not None:
-            has_best = f"best_params{_SUFFIX}" in vault.names("weights")
-            best = _read(vault, "weights", "best_params") if has_best else None
-            stopping.load(vault.metadata["stopping"], best)
-    if params.shape != grads.flat_params.shape:
-        raise CheckpointError(
-            f"{folder} holds {params.numel()} trained parameters, this recipe has {grads.num_params}."
-        )
-    with torch.no_grad():
-        grads.flat_params.copy_(params)
-    optimizer.state[grads.flat_params] = {
-        "step": torch.tensor(float(saved.steps_done)),
-        **moments,
-    }
+            whole = Address(0, (files.num_params,), (1,))
+            stopping.load(metadata["stopping"], files.read(_BEST, whole) if _BEST in files.names else None)
     return saved
 
 
-def _files(tensors: Mapping[str, Tensor]) -> LazyFiles:
-    """One file for each vector: each is as large as the model where all weights are trained."""
-    return LazyFiles({f"{name}{_SUFFIX}": partial(_to_bytes, name, value) for name, value in tensors.items()})
-
-
-def _to_bytes(name: str, tensor: Tensor) -> bytes:
-    from safetensors.torch import save
-
-    return save({name: tensor.cpu().contiguous()})
-
-
-def _read(vault: Vault, compartment: str, name: str) -> Tensor:
-    from safetensors.torch import load
-
-    return load(vault.read(compartment, f"{name}{_SUFFIX}"))[name]
+def _arrays(shards: StateShards, stopping: EarlyStopping | None) -> dict[str, list[tuple[Address, Tensor]]]:
+    """Collect what this process saves, by the array's name."""
+    arrays: dict[str, list[tuple[Address, Tensor]]] = {}
+    for address, parts in shards.owned():
+        for name, part in parts.items():
+            arrays.setdefault(name, []).append((address, part))
+    if stopping is not None and stopping.best_params is not None:
+        part = part_of(shards.num_params, shards.peers)
+        address = Address(part.start, (part.stop - part.start,), (1,))
+        arrays[_BEST] = [(address, stopping.best_params[part])]
+    return arrays

@@ -4,9 +4,11 @@ Gradients go over the group of the run's device. Everything small goes over a se
 a process that waits there for too long learns whom it waits for, which is what a hung job must say first.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -65,11 +67,12 @@ class Processes:
         Raises:
             MachineError: If one of them is not here in time; the message names the slowest.
         """
+        started = time.monotonic()
         try:
             dist.monitored_barrier(self._side, timeout=self._timeout, wait_all_ranks=True)
         except RuntimeError as error:
             raise MachineError(
-                f"process {self.rank} of {self.size} waited {self._timeout.total_seconds():.0f} s before "
+                f"process {self.rank} of {self.size} waited {time.monotonic() - started:.0f} s before "
                 f"{what}, and others did not come: {_missing_ranks(str(error))}. They failed, were killed or "
                 "hang: look for the first error in their output, then start again with --resume."
             ) from error
@@ -130,14 +133,16 @@ class Processes:
         """Add up a small tensor over all processes, in place."""
         if self.size > 1:
             whole = counts.cpu()
-            dist.all_reduce(whole, group=self._side)
+            with self._explained("adding up"):
+                dist.all_reduce(whole, group=self._side)
             counts.copy_(whole)
 
     def most(self, number: int) -> int:
         """Return the largest of a number over all processes."""
         whole = torch.tensor([number])
         if self.size > 1:
-            dist.all_reduce(whole, op=dist.ReduceOp.MAX, group=self._side)
+            with self._explained("comparing numbers"):
+                dist.all_reduce(whole, op=dist.ReduceOp.MAX, group=self._side)
         return int(whole)
 
     def share_secret(self, secret: bytes | None, size: int) -> bytes:
@@ -156,7 +161,8 @@ class Processes:
             assert len(secret) == size
             tensor = torch.frombuffer(bytearray(secret), dtype=torch.uint8)
         if self.size > 1:
-            dist.broadcast(tensor, group=self._side, group_src=0)
+            with self._explained("sharing"):
+                dist.broadcast(tensor, group=self._side, group_src=0)
         return tensor.numpy().tobytes()
 
     def new_key(self) -> SecretKey:
@@ -206,12 +212,44 @@ class Processes:
         size = self.most(len(text))
         return json.loads(self.share_secret(text if self.rank == 0 else None, size))
 
+    def collect(self, value: Any) -> list[Any]:
+        """Give a JSON-able value of each process to the first one; no pickle travels.
+
+        Args:
+            value: This process'.
+
+        Returns:
+            All values in the order of the processes; an empty list on all but the first.
+        """
+        if self.size == 1:
+            return [value]
+        text = json.dumps(value).encode()
+        size = self.most(len(text))
+        padded = torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
+        found = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else None
+        with self._explained("collecting"):
+            dist.gather(padded, found, group=self._side, group_dst=0)
+        return [json.loads(text.numpy().tobytes()) for text in found or ()]
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Say in plain words that another process is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise MachineError(
+                f"process {self.rank} of {self.size} lost another process while {what}: "
+                f"{_missing_ranks(str(error))}. It failed, was killed or hangs: look for the first error in "
+                "their output. What was saved before is whole; start again with --resume."
+            ) from error
+
     def _count(self, kind: str, tensor: Tensor) -> None:
         self.sent[kind] = self.sent.get(kind, 0) + tensor.numel() * tensor.element_size()
 
 
 def _missing_ranks(message: str) -> str:
     """Keep what torch says about who did not come."""
+    message = message.partition(" This is typically caused")[0]
     for line in message.splitlines():
         if "rank" in line.lower():
             return line.strip().rstrip(".")

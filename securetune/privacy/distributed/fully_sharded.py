@@ -59,9 +59,20 @@ class FullySharded(SingleProcess):
         """Return each parameter's rows."""
         found: list[tuple[Tensor, Address]] = []
         for place, part in self._parts(layer, shard):
-            start, _ = self._entries(place, self.processes.rank)
-            found.append((part, Address(place.start + start, (len(part),), (1,))))
+            found.append((part, self.address_of(place)))
         return found
+
+    def address_of(self, place: TrainableParameter) -> Address:
+        """Say where this process' rows of a parameter lie.
+
+        Args:
+            place: The parameter.
+
+        Returns:
+            Their address, as one dimension.
+        """
+        start, stop = self._entries(place, self.processes.rank)
+        return Address(place.start + start, (stop - start,), (1,))
 
     def assign(
         self,

@@ -216,7 +216,7 @@ def test_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     rename = os.rename
 
     def refuse_new(source, target):
-        if str(source).endswith(".new"):
+        if ".out.new-" in str(source):
             raise OSError(28, "No space left on device")
         rename(source, target)
 

@@ -1,0 +1,219 @@
+"""Which part of the parameters and of AdamW's moments each process saves, and how it gets its own back.
+
+Whatever the strategy, an entry is saved under its canonical index (see
+:class:`securetune.privacy.reduction.Address`), so any strategy restores what any other has saved.
+
+Dimensions: ``P`` trainable parameters.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from securetune.checkpoints import ALONE, Peers
+from securetune.errors import CheckpointError
+from securetune.privacy.distributed import DataParallel, FullySharded
+from securetune.privacy.per_sample import PerSampleGradients
+from securetune.privacy.reduction import Address, Reduction
+
+PARAMS = "params"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Read = Callable[[str, Address], Tensor]
+_CHUNK = 1 << 24  # entries that are on the CPU at once
+
+
+class StateShards(Protocol):
+    """What a strategy says about the training state.
+
+    Attributes:
+        peers: The processes of the run.
+        num_params: ``P``.
+    """
+
+    peers: Peers
+    num_params: int
+
+    def owned(self) -> Sequence[tuple[Address, dict[str, Tensor]]]:
+        """Say what this process must save.
+
+        Returns:
+            Parts, each with its address and, by name (``params``, ``exp_avg``, ``exp_avg_sq``), a contiguous
+            view of ``address.shape``. All processes' parts together hold each name's every entry once: of
+            replicas, each process saves a part. Parts may name different arrays.
+        """
+        ...
+
+    def restore(self, read: Read, *, step: int) -> None:
+        """Put a saved state into parameters and optimizer.
+
+        Args:
+            read: ``read(name, address)`` returns saved entries on the CPU, in the address' shape and the
+                dtype they were saved in; any entry can be read, in any order, as often as needed.
+            step: Steps that the optimizer has done.
+        """
+        ...
+
+
+def state_shards(
+    grads: PerSampleGradients, optimizer: torch.optim.Optimizer, reduction: Reduction | None
+) -> StateShards | None:
+    """Return what a run saves.
+
+    Args:
+        grads: Owner of the parameters.
+        optimizer: AdamW over them, or over ``[grads.flat_params]``.
+        reduction: The run's strategy; None for one process.
+
+    Returns:
+        The shards, which hold no copy; None for a strategy whose state cannot be saved.
+    """
+    if isinstance(reduction, FullySharded):
+        return RowShards(grads, optimizer, reduction)
+    if isinstance(reduction, DataParallel):
+        return ReplicaShards(grads, optimizer, reduction.processes)
+    return ReplicaShards(grads, optimizer) if reduction is None else None
+
+
+class ReplicaShards:
+    """The state of processes that each hold all of it: each saves a part of the flat vector, and reads all.
+
+    Args:
+        grads: Owner of the parameters.
+        optimizer: AdamW over them, or over ``[grads.flat_params]``.
+        peers: The processes.
+    """
+
+    def __init__(
+        self, grads: PerSampleGradients, optimizer: torch.optim.Optimizer, peers: Peers = ALONE
+    ) -> None:
+        self.peers, self.num_params = peers, grads.num_params
+        self._optimizer = optimizer
+        _, flat = grads.owned_by_optimizer
+        is_flat = flat is not None and optimizer.param_groups[0]["params"][0] is flat
+        self._places: list[tuple[torch.nn.Parameter, int]] = (
+            [(flat, 0)]
+            if is_flat and flat is not None
+            else [(p.parameter, p.start) for p in grads.parameters]
+        )
+
+    def owned(self) -> Sequence[tuple[Address, dict[str, Tensor]]]:
+        """Return this process' part, parameter by parameter."""
+        part = part_of(self.num_params, self.peers)
+        found: list[tuple[Address, dict[str, Tensor]]] = []
+        for parameter, start in self._places:
+            low, high = max(part.start, start), min(part.stop, start + parameter.numel())
+            if low >= high:
+                continue
+            cut = slice(low - start, high - start)
+            arrays = {PARAMS: parameter.detach(), **_moments(self._optimizer, parameter)}
+            views = {name: array.reshape(-1)[cut] for name, array in arrays.items()}
+            found.append((Address(low, (high - low,), (1,)), views))
+        return found
+
+    def restore(self, read: Read, *, step: int) -> None:
+        """Read all of it."""
+        for parameter, start in self._places:
+            fill(parameter.detach(), PARAMS, read, start)
+            moments = {name: torch.empty_like(parameter.detach()) for name in MOMENTS}
+            for name, moment in moments.items():
+                fill(moment, name, read, start)
+            self._optimizer.state[parameter] = {"step": _step(self._optimizer, parameter, step), **moments}
+
+
+class RowShards:
+    """The state of FSDP2: each process saves and reads its own rows of each parameter.
+
+    Args:
+        grads: Owner of the sharded parameters.
+        optimizer: AdamW over them.
+        reduction: How the processes add up.
+    """
+
+    def __init__(
+        self, grads: PerSampleGradients, optimizer: torch.optim.Optimizer, reduction: FullySharded
+    ) -> None:
+        self.peers: Peers = reduction.processes
+        self.num_params = grads.num_params
+        self._optimizer = optimizer
+        self._places = [(place.parameter, reduction.address_of(place)) for place in grads.parameters]
+
+    def owned(self) -> Sequence[tuple[Address, dict[str, Tensor]]]:
+        """Return this process' rows of each parameter."""
+        found: list[tuple[Address, dict[str, Tensor]]] = []
+        for parameter, address in self._places:
+            arrays = {PARAMS: parameter.detach(), **_moments(self._optimizer, parameter)}
+            found.append((address, {name: _local(array).reshape(-1) for name, array in arrays.items()}))
+        return found
+
+    def restore(self, read: Read, *, step: int) -> None:
+        """Read this process' rows."""
+        for parameter, address in self._places:
+            fill(_local(parameter.detach()), PARAMS, read, address.base)
+            moments = {name: torch.empty_like(parameter.detach()) for name in MOMENTS}
+            for name, moment in moments.items():
+                fill(_local(moment), name, read, address.base)
+            self._optimizer.state[parameter] = {"step": _step(self._optimizer, parameter, step), **moments}
+
+
+def part_of(count: int, peers: Peers) -> slice:
+    """Return the range that this process saves of something that all of them hold.
+
+    Args:
+        count: Number of entries.
+        peers: The processes.
+
+    Returns:
+        The range, which may be empty.
+    """
+    share = -(-count // peers.size)
+    return slice(min(peers.rank * share, count), min((peers.rank + 1) * share, count))
+
+
+def fill(target: Tensor, name: str, read: Read, first: int) -> None:
+    """Read one run of saved entries into a tensor, in bounded memory.
+
+    Args:
+        target: Any shape and device, changed in place: entries in row-major order.
+        name: The array.
+        read: As in :meth:`StateShards.restore`.
+        first: Canonical index of the first entry.
+
+    Raises:
+        CheckpointError: If the saved entries do not fit into the target's dtype.
+    """
+    flat = target.reshape(-1)
+    for start in range(0, len(flat), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        saved = read(name, Address(first + start, (len(part),), (1,)))
+        if torch.promote_types(saved.dtype, part.dtype) != part.dtype:
+            raise CheckpointError(
+                f"the training state holds {name!r} as {saved.dtype}, and this run as {part.dtype}, which "
+                "would lose digits. Resume with the dtype it was trained in."
+            )
+        part.copy_(saved)
+    if flat.data_ptr() != target.data_ptr():  # a copy, since the target is not contiguous
+        target.copy_(flat.view_as(target))
+
+
+def _local(array: Tensor) -> Tensor:
+    return array.to_local() if isinstance(array, DTensor) else array
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+    state = optimizer.state.get(parameter, {})
+    if missing := [name for name in MOMENTS if name not in state]:
+        raise CheckpointError(
+            f"{type(optimizer).__name__} has no {' and no '.join(missing)} for a parameter of shape "
+            f"{tuple(parameter.shape)}. Only AdamW's state can be saved, after its first step."
+        )
+    return {name: state[name] for name in MOMENTS}
+
+
+def _step(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, step: int) -> Tensor:
+    """The optimizer's own counter, where it keeps it."""
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    on_device = group.get("fused") or group.get("capturable")
+    return torch.tensor(float(step), device=parameter.device if on_device else None)
