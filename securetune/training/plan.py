@@ -12,6 +12,7 @@ from securetune.privacy.statements import noise_statement, sampling_statement
 from securetune.training.estimate import Estimate, estimate_cost
 from securetune.training.folder import NOT_COVERED, RunFolder
 from securetune.training.mechanism import gradient_noise_multiplier, planned_header, privacy_spec
+from securetune.training.memory import Distribution, distribute, measure_size, rank_memory
 from securetune.training.stopping import num_checks
 
 if TYPE_CHECKING:
@@ -28,11 +29,13 @@ class Plan:
         recipe: The recipe.
         privacy: The calibrated mechanism; None for a run without privacy.
         estimate: Time and memory on this machine.
+        distribution: Memory of each process under every strategy; None where nobody asked.
     """
 
     recipe: Recipe
     privacy: PrivacyPlan | None
     estimate: Estimate
+    distribution: Distribution | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON can hold it."""
@@ -70,6 +73,7 @@ class Plan:
             "privacy": privacy,
             "early_stopping": self._early_stopping(),
             "estimate": {**asdict(self.estimate), "privacy": NOT_COVERED},
+            **({} if self.distribution is None else {"distribution": self.distribution.to_dict()}),
         }
 
     def render(self) -> "Group":
@@ -82,7 +86,7 @@ class Plan:
         table.add_column()
         for label, text in self._rows():
             table.add_row(label, text)
-        return Group(table)
+        return Group(table) if self.distribution is None else Group(table, self.distribution.render())
 
     def _header(self) -> LedgerHeader:
         """What the ledger will say."""
@@ -162,7 +166,12 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, *, base: "BaseModel | None" = None, tokens_per_record: float | None = None
+    recipe: Recipe,
+    *,
+    base: "BaseModel | None" = None,
+    tokens_per_record: float | None = None,
+    num_processes: int | None = None,
+    memory_bytes: int | None = None,
 ) -> Plan:
     """Calibrate the noise and predict time and memory.
 
@@ -170,6 +179,8 @@ def make_plan(
         recipe: The recipe.
         base: The loaded base model, in the weights the recipe trains; None loads it.
         tokens_per_record: Mean record length; None assumes half of ``data.max_length``.
+        num_processes: Predict the memory of each of so many processes, under every strategy.
+        memory_bytes: Memory that each of them has; None takes what this machine has.
 
     Returns:
         The plan.
@@ -186,7 +197,12 @@ def make_plan(
 
         base = load_recipe_base(recipe)
     tokens = tokens_per_record or recipe.data.max_length / 2
-    return Plan(recipe, privacy, estimate_cost(recipe, base, tokens))
+    size = measure_size(recipe, base, tokens_per_record=tokens)
+    distribution = None
+    if num_processes is not None:
+        distribution = distribute(size, base, num_processes=num_processes, memory_bytes=memory_bytes)
+    memory = rank_memory("single", 1, size).total
+    return Plan(recipe, privacy, estimate_cost(recipe, base, tokens, memory_bytes=memory), distribution)
 
 
 def write_plan(plan: Plan, run: RunFolder) -> None:

@@ -33,6 +33,22 @@ def sequence(*layers: nn.Module) -> nn.Module:
 
 
 class TestDense:
+    @pytest.mark.parametrize("layer", [nn.Linear(3, 3), Conv1D(3, 3)])
+    def test_weight_is_kept_itself_until_its_backward(self, layer):
+        """ZeRO-3 frees a parameter after its forward, and gathers it anew for its backward."""
+        layers = sequence(layer)
+        whole = layers[0].weight.data
+        grads = PerSampleGradients(layers)
+        x = randn(2, 4, 3).requires_grad_()
+        losses = square_losses(layers(x))
+        layers[0].weight.data = whole.new_empty(0)
+        layers[0].weight.data = 2 * whole
+        grads.backward(losses)
+        grads.detach()
+        layers[0].weight.data = whole
+        (expected,) = torch.autograd.grad(square_losses(layers(x)).sum(), x)
+        torch.testing.assert_close(x.grad, 2 * expected)
+
     @pytest.mark.parametrize("batch", [1, 3])
     @pytest.mark.parametrize("shape", [(), (1,), (7,), (513,), (2, 7)])
     @pytest.mark.parametrize("bias", [True, False])
@@ -379,7 +395,7 @@ class TestNormsUnderCancellation:
     @staticmethod
     def norms(uses: Uses, shape: tuple[int, int], unit_index: torch.Tensor | None = None):
         weight = nn.Parameter(torch.zeros(shape))
-        place = TrainableParameter("w", weight, 0, 0, weight.numel())
+        place = TrainableParameter("w", weight, 0, 0, weight.numel(), weight.shape)
         samples = len((uses.dense or uses.lookups)[0][0])
         grads = BatchGradients([place], torch.zeros(samples, 0), {}, {0: uses}, unit_index)
         found = grads.squared_norms().sqrt().squeeze(1).double()
