@@ -9,7 +9,7 @@ from tests.distributed.launching import torchrun
 from tests.distributed.trainer_worker import train
 from tests.unit.training.tiny_head import make_examples
 
-KINDS = ("adversarial", "few", "adaptive", "per_layer")
+KINDS = ("adversarial", "few", "adaptive", "per_layer", "full")
 CASES = [f"{name}-{kind}-{tokens}" for name in ("ddp", "fsdp2") for kind in KINDS for tokens in (40, 1000)]
 
 
