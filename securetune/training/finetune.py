@@ -192,7 +192,7 @@ def fine_tune(
         raise PrivacyError(
             "what is trained did not move: nothing was learnt. Check the learning rate and the data."
         )
-    if strategy.is_sharded and strategy.is_first:
+    if not strategy.holds_whole and strategy.is_first:
         base = load_recipe_base(recipe)
         model = make_trainable(recipe, base)
         _put(model, trained)
@@ -245,7 +245,7 @@ def _early_stopping(
     settings = recipe.training.early_stopping
     if subject == "plain" or settings.method == "none":
         return None
-    if strategy.name not in ("single", "ddp"):
+    if not strategy.holds_whole:
         raise ConfigError(
             "training.early_stopping keeps a copy of the best weights, which are sharded under "
             f"{strategy.name}. Use ddp or one process, or set training.early_stopping.method to 'none'."
