@@ -1,4 +1,4 @@
-"""Time and memory of a run on this machine: what can be measured is measured, the rest is counted."""
+"""Time of a run on this machine, from measurements of its parts."""
 
 import contextlib
 import time
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from securetune.config.schema import LoraConfig, Recipe
+from securetune.config.schema import Recipe
 from securetune.models.base import computing_in
 from securetune.privacy.noise import NoiseSource
 from securetune.privacy.per_sample import PerSampleGradients
@@ -21,17 +21,6 @@ if TYPE_CHECKING:
 _MODELS_EVALUATED = 3  # base, plain, hardened
 _PROBE_ROWS = 16
 _PROBE_PARAMETERS = 1 << 22  # noise and update of so many are timed
-# Activations that autograd keeps, in numbers per token and layer: measured on Llama-shaped models as about 18
-# vectors of the hidden size and 6 of the feed-forward size.
-_HIDDEN_VECTORS, _FEED_FORWARD_VECTORS = 18, 6
-# Layers that are trained keep their inputs too (2 and 1), and until the norms are known inputs and output
-# gradients alone (7 and 3): the tensors that are alive on such models, counted.
-_TRAINED_HIDDEN, _TRAINED_FEED_FORWARD = 20, 7
-_FACTOR_HIDDEN, _FACTOR_FEED_FORWARD = 7, 3
-# Bytes per weight that is trained: itself, the sum, two moments of Adam. On a CPU two more vectors come and
-# go in its update, and when the state is saved.
-_STATE_BYTES, _UPDATE_BYTES = 16, 8
-PROCESS_BYTES = 900 << 20  # Python, torch and transformers themselves
 
 
 @dataclass(frozen=True)
@@ -40,7 +29,7 @@ class Estimate:
 
     Attributes:
         seconds: Predicted wall-clock seconds by stage.
-        memory_bytes: Predicted peak memory of the process.
+        memory_bytes: Predicted peak memory of the process, if it is the only one.
         tokens_per_record: Mean length assumed.
         forward_ms_per_token: Measured, milliseconds.
         training_ms_per_token: Measured forward and backward, milliseconds; where all weights are trained,
@@ -65,13 +54,14 @@ class _Speed(NamedTuple):
     training: float
 
 
-def estimate_cost(recipe: Recipe, base: "BaseModel", tokens: float) -> Estimate:
-    """Predict time and memory of a run.
+def estimate_cost(recipe: Recipe, base: "BaseModel", tokens: float, *, memory_bytes: int) -> Estimate:
+    """Predict the time of a run.
 
     Args:
         recipe: The recipe.
         base: The base model, frozen as it was loaded.
         tokens: Mean record length.
+        memory_bytes: Its memory, predicted already.
 
     Returns:
         The prediction.
@@ -96,7 +86,7 @@ def estimate_cost(recipe: Recipe, base: "BaseModel", tokens: float) -> Estimate:
             "hardened training": plain + drawn * attack_steps * speed.attack,
             "evaluation of three models": judged * _MODELS_EVALUATED,
         },
-        memory_bytes=_memory(recipe, base, tokens),
+        memory_bytes=memory_bytes,
         tokens_per_record=tokens,
         forward_ms_per_token=speed.forward * 1e3,
         training_ms_per_token=speed.training * 1e3,
@@ -177,96 +167,5 @@ def _update_seconds(base: "BaseModel") -> float:
         noise.normal(step=0, stream=0, start=0, count=len(part), stddev=1.0, device=base.device)
         optimizer.step()
 
-    return _seconds(update, base) * _num_weights(base) / _PROBE_PARAMETERS
-
-
-def _num_weights(base: "BaseModel") -> int:
-    return sum(parameter.numel() for parameter in base.model.parameters())
-
-
-def _memory(recipe: Recipe, base: "BaseModel", tokens: float) -> int:
-    settings, num_weights = recipe.training, _num_weights(base)
-    if settings.method == "full":
-        weights = _STATE_BYTES + (_UPDATE_BYTES if base.device.type == "cpu" else 0)
-        weights += 4 if settings.early_stopping.method != "none" else 0
-        weights += 0 if base.autocast is None else base.autocast.itemsize
-    else:
-        weights = base.dtype.itemsize
-    fixed = PROCESS_BYTES + num_weights * weights
-    return fixed + activation_bytes(recipe, base) + sample_bytes(recipe, base, tokens)
-
-
-def activation_bytes(recipe: Recipe, base: "BaseModel") -> int:
-    """Count what autograd and the per-sample gradients keep of the decoder's layers in a micro-batch.
-
-    Args:
-        recipe: The recipe.
-        base: The base model.
-
-    Returns:
-        Bytes.
-    """
-    settings = recipe.training
-    config = base.model.config.get_text_config()
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
-    one_layer = _HIDDEN_VECTORS * hidden + _FEED_FORWARD_VECTORS * feed_forward
-    factors = 0
-    if settings.method == "full":
-        one_layer = _TRAINED_HIDDEN * hidden + _TRAINED_FEED_FORWARD * feed_forward
-        if settings.passes == 1:
-            factors = _FACTOR_HIDDEN * hidden + _FACTOR_FEED_FORWARD * feed_forward
-    per_token = one_layer * layers
-    if settings.gradient_checkpointing:
-        per_token = one_layer + (hidden + factors) * layers
-    return settings.micro_batch_tokens * per_token * base.dtype.itemsize
-
-
-def sample_bytes(recipe: Recipe, base: "BaseModel", tokens: float) -> int:
-    """Count the gradients of a micro-batch that are kept until norms are known: of adapters, or of logits.
-
-    Args:
-        recipe: The recipe.
-        base: The base model.
-        tokens: Mean record length.
-
-    Returns:
-        Bytes.
-    """
-    rows = _rows(recipe, tokens)
-    if recipe.training.method == "lora":
-        return 4 * rows * count_trained(recipe, base)
-    positions = rows if recipe.task == "classify" else recipe.training.micro_batch_tokens
-    return 2 * 4 * positions * base.model.config.get_text_config().vocab_size
-
-
-def count_trained(recipe: Recipe, base: "BaseModel") -> int:
-    """Count the weights that a recipe trains.
-
-    Args:
-        recipe: The recipe.
-        base: The base model.
-
-    Returns:
-        The number.
-    """
-    lora = recipe.training.lora
-    return _num_weights(base) if lora is None else _adapter_parameters(lora, base)
-
-
-def _rows(recipe: Recipe, tokens: float) -> int:
-    return max(1, recipe.training.micro_batch_tokens // max(1, round(tokens)))
-
-
-def _adapter_parameters(lora: LoraConfig, base: "BaseModel") -> int:
-    total = 0
-    output = base.model.get_output_embeddings()
-    for name, module in base.model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-            continue
-        if module is output or isinstance(module, torch.nn.Embedding):
-            continue
-        if lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules:
-            total += lora.rank * sum(weight.shape)
-    return total
+    num_weights = sum(parameter.numel() for parameter in base.model.parameters())
+    return _seconds(update, base) * num_weights / _PROBE_PARAMETERS

@@ -14,7 +14,7 @@ from securetune.adversarial.validity import find_objective, require_private_trai
 from securetune.checkpoints import Sealer
 from securetune.config.loader import recipe_digest
 from securetune.config.schema import Recipe
-from securetune.errors import ConfigError, PrivacyError
+from securetune.errors import CheckpointError, ConfigError, PrivacyError
 from securetune.models.base import BaseModel
 from securetune.privacy.ledger import Ledger
 from securetune.privacy.per_sample import PerSampleGradients
@@ -103,8 +103,8 @@ def fine_tune(
     check_gradients(head, grads, probes, label_smoothing=settings.label_smoothing)
     if plan.privacy is not None:  # patterns that fit no parameter are refused before the plain fine-tune
         make_clipping(recipe, noise_multiplier=plan.privacy.noise_multiplier).assign(grads.parameter_names())
+    adversary = _adversary(subject, recipe, head)  # its unit of length is that of the whole base embedding
     start = _fingerprint({place.name: place.parameter for place in grads.parameters})
-    adversary = _adversary(subject, recipe, head)  # its unit of length is the base model's
     grads.detach()
     prepared = strategy.prepare(model, partial(make_optimizer, recipe), passes=settings.passes)
     grads, optimizer = prepared.grads, prepared.optimizer
@@ -374,11 +374,10 @@ def _sealer(access: Access, saved: SavedState | None) -> Sealer:
     return access.sealer(lineage=saved.lineage, generation=saved.next_generation)
 
 
-def _fingerprint(parameters: Mapping[str, Tensor]) -> list[int]:
+def _fingerprint(trained: Mapping[str, Tensor]) -> list[int]:
     """Sum the bits of every parameter that cannot stay as it is; of adapters, those that start at zero."""
-    starts_at_zero = [value for name, value in parameters.items() if "lora_B" in name]
-    watched = starts_at_zero or list(parameters.values())
-    return [int(value.detach().view(torch.int32).sum()) for value in watched]
+    starts_at_zero = [value for name, value in trained.items() if "lora_B" in name]
+    return [int(value.detach().view(torch.int32).sum()) for value in starts_at_zero or trained.values()]
 
 
 def _metadata(subject: str, recipe: Recipe, base: BaseModel) -> dict[str, Any]:

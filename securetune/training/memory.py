@@ -23,14 +23,10 @@ strategy a process also holds the activations of a micro-batch and the gradients
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from securetune.config.launch import STRATEGIES, StrategyName
-from securetune.config.schema import Recipe
-from securetune.training.estimate import (
-    PROCESS_BYTES,
-    activation_bytes,
-    count_trained,
-    sample_bytes,
-)
+from securetune.config.schema import LoraConfig, Recipe
 from securetune.training.strategy import blocks_of
 
 if TYPE_CHECKING:
@@ -41,6 +37,13 @@ if TYPE_CHECKING:
 _FLOAT32 = 4
 _MOMENTS, _MASTER = 2, 1
 _LIVE_IN_ZERO3 = 10**9  # default of stage3_max_live_parameters
+# Activations that autograd keeps, in numbers per token and layer: measured on Llama-shaped models as about 18
+# vectors of the hidden size and 6 of the feed-forward size.
+_HIDDEN_VECTORS, _FEED_FORWARD_VECTORS = 18, 6
+# Layers that are trained keep their inputs too (2 of the hidden, 1 of the feed-forward size). Once they are
+# differentiated, and until the norms are known, inputs and output gradients alone are kept.
+_INPUT_VECTORS, _FACTOR_HIDDEN_VECTORS, _FACTOR_FEED_FORWARD_VECTORS = 2, 7, 3
+_PROCESS_BYTES = 900 << 20  # Python, torch and transformers themselves
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class RankMemory:
     gathered: int
     activations: int
     samples: int
-    process: int = PROCESS_BYTES
+    process: int = _PROCESS_BYTES
 
     @property
     def total(self) -> int:
@@ -226,38 +229,91 @@ def distribute(
 
 
 def measure_size(recipe: Recipe, base: "BaseModel", *, tokens_per_record: float) -> ModelSize:
-    """Count the weights of a model with what the recipe trains of it, and the numbers of a micro-batch.
+    """Count the weights of a base model with what is trained of it, and the numbers of a micro-batch.
 
     Args:
         recipe: The recipe.
-        base: The base model.
+        base: The base model, in the weights the recipe trains.
         tokens_per_record: Mean record length.
 
     Returns:
         The sizes.
     """
+    settings, item = recipe.training, base.dtype.itemsize
+    rows = max(1, settings.micro_batch_tokens // max(1, round(tokens_per_record)))
     total = sum(parameter.numel() for parameter in base.model.parameters())
     blocks = blocks_of(base.model)
     layers = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks] or [total]
     outside = max(0, total - sum(layers))
-    num_trained = count_trained(recipe, base)
-    if recipe.training.method == "full":
-        parts = Weights(0, total), Weights(0, max(layers)), Weights(0, outside)
-    else:
-        one_layer = Weights(max(layers), _share(num_trained, len(layers)))
-        parts = Weights(total, num_trained), one_layer, Weights(outside, 0)
+    activations = settings.micro_batch_tokens * _numbers_per_token(recipe, base) * item
+    if settings.lora is not None:
+        num_trained = count_adapters(settings.lora, base)
+        return ModelSize(
+            whole=Weights(total, num_trained),
+            layer=Weights(max(layers), _share(num_trained, len(layers))),
+            outside=Weights(outside, 0),
+            frozen_itemsize=item,
+            activation_bytes=activations,
+            sample_bytes=_FLOAT32 * rows * num_trained,
+        )
+    activations += 0 if base.autocast is None else base.autocast.itemsize * total  # weights as they compute
+    if base.device.type == "cpu":  # in the update two vectors of all weights come and go
+        activations = max(activations, 2 * _FLOAT32 * total)
+    if settings.early_stopping.method != "none":  # the best weights
+        activations += _FLOAT32 * total
+    # gradients of the logits, at one token of each record or at all, kept and then joined
+    positions = rows if recipe.task == "classify" else settings.micro_batch_tokens
     return ModelSize(
-        *parts,
-        frozen_itemsize=base.dtype.itemsize,
-        activation_bytes=activation_bytes(recipe, base),
-        sample_bytes=sample_bytes(recipe, base, tokens_per_record),
+        whole=Weights(0, total),
+        layer=Weights(0, max(layers)),
+        outside=Weights(0, outside),
+        frozen_itemsize=item,
+        activation_bytes=activations,
+        sample_bytes=2 * _FLOAT32 * positions * base.model.config.get_text_config().vocab_size,
     )
+
+
+def _numbers_per_token(recipe: Recipe, base: "BaseModel") -> int:
+    """Count the numbers that a token keeps in all layers until they are differentiated."""
+    config = base.model.config.get_text_config()
+    hidden, num_layers = config.hidden_size, config.num_hidden_layers
+    feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
+    one_layer = _HIDDEN_VECTORS * hidden + _FEED_FORWARD_VECTORS * feed_forward
+    factors = 0
+    if recipe.training.method == "full":
+        one_layer += _INPUT_VECTORS * hidden + feed_forward
+        if recipe.training.passes == 1:
+            factors = _FACTOR_HIDDEN_VECTORS * hidden + _FACTOR_FEED_FORWARD_VECTORS * feed_forward
+    if recipe.training.gradient_checkpointing:
+        return one_layer + (hidden + factors) * num_layers
+    return one_layer * num_layers
+
+
+def count_adapters(lora: LoraConfig, base: "BaseModel") -> int:
+    """Count the weights of all adapters.
+
+    Args:
+        lora: The recipe's ``training.lora`` section.
+        base: The base model.
+
+    Returns:
+        The number.
+    """
+    total = 0
+    output = base.model.get_output_embeddings()
+    for name, module in base.model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+            continue
+        if module is output or isinstance(module, torch.nn.Embedding):
+            continue
+        if lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules:
+            total += lora.rank * sum(weight.shape)
+    return total
 
 
 def _memory_here(base: "BaseModel", num_processes: int) -> int:
     if base.device.type == "cuda":
-        import torch
-
         return torch.cuda.get_device_properties(base.device).total_memory
     import psutil
 

@@ -12,7 +12,7 @@ from securetune.privacy.statements import noise_statement, sampling_statement
 from securetune.training.estimate import Estimate, estimate_cost
 from securetune.training.folder import NOT_COVERED, RunFolder
 from securetune.training.mechanism import gradient_noise_multiplier, planned_header, privacy_spec
-from securetune.training.memory import Distribution, distribute, measure_size
+from securetune.training.memory import Distribution, distribute, measure_size, rank_memory
 from securetune.training.stopping import num_checks
 
 if TYPE_CHECKING:
@@ -201,7 +201,8 @@ def make_plan(
     distribution = None
     if num_processes is not None:
         distribution = distribute(size, base, num_processes=num_processes, memory_bytes=memory_bytes)
-    return Plan(recipe, privacy, estimate_cost(recipe, base, tokens), distribution)
+    memory = rank_memory("single", 1, size).total
+    return Plan(recipe, privacy, estimate_cost(recipe, base, tokens, memory_bytes=memory), distribution)
 
 
 def write_plan(plan: Plan, run: RunFolder) -> None:

@@ -169,23 +169,29 @@ class Strategy:
         """Share a model among the processes, and make its per-sample gradients and optimizer.
 
         Args:
-            model: The same on every process, with its adapters, on its device; checked already.
+            model: The same on every process, with what is trained of it, on its device; checked already.
             make_optimizer: Makes the optimizer over a list of parameters.
-            passes: Backward passes for each micro-batch; see :class:`PerSampleGradients`.
+            passes: Backward passes per micro-batch; see :class:`PerSampleGradients`.
 
         Returns:
             What trains it.
+
+        Raises:
+            ConfigError: If the strategy cannot run two passes.
         """
         if self.holds_whole:
             grads = PerSampleGradients(model, passes=passes)
             reduction = None if self.processes is None else DataParallel(self.processes)
             return Prepared(grads, make_optimizer([grads.flat_params]), reduction, call)
+        if passes == 2:
+            raise ConfigError(
+                f"training.passes: 2 is not supported under {self.name} yet, where layers are not whole. Use "
+                "ddp or one process, or set it to 1."
+            )
         prepare = self._prepare_fsdp2 if self.name == "fsdp2" else self._prepare_zero
-        return prepare(model, make_optimizer, passes)
+        return prepare(model, make_optimizer)
 
-    def _prepare_fsdp2(
-        self, model: nn.Module, make_optimizer: MakeOptimizer, passes: Literal[1, 2]
-    ) -> Prepared:
+    def _prepare_fsdp2(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Prepared:
         from torch.distributed.fsdp import fully_shard
 
         assert self.processes is not None
@@ -193,14 +199,12 @@ class Strategy:
         for block in blocks_of(model):
             fully_shard(block)
         fully_shard(root)
-        grads = PerSampleGradients(model, passes=passes)
+        grads = PerSampleGradients(model)
         grads.agree_on_most = self.processes.most
         optimizer = make_optimizer([place.parameter for place in grads.parameters])
         return Prepared(grads, optimizer, FullySharded(self.processes, grads.parameters), root)
 
-    def _prepare_zero(
-        self, model: nn.Module, make_optimizer: MakeOptimizer, passes: Literal[1, 2]
-    ) -> Prepared:
+    def _prepare_zero(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Prepared:
         assert self.processes is not None
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -229,7 +233,7 @@ class Strategy:
             config=config,
             dist_init_required=False,
         )
-        grads = PerSampleGradients(model, passes=passes)
+        grads = PerSampleGradients(model)
         return Prepared(grads, engine.optimizer, Zero(self.processes, engine, grads), engine)
 
     def whole(self, place: TrainableParameter) -> Tensor:

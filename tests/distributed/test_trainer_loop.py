@@ -10,7 +10,7 @@ from tests.distributed.trainer_worker import train
 from tests.unit.training.tiny_head import make_examples
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-KINDS = ("adversarial", "few", "adaptive", "per_layer")
+KINDS = ("adversarial", "few", "adaptive", "per_layer", "full")
 CASES = [f"{name}-{kind}-{tokens}" for name in STRATEGIES for kind in KINDS for tokens in (40, 1000)]
 
 

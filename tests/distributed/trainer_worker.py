@@ -24,6 +24,7 @@ from securetune.training.loop import Adversary, Trainer, make_optimizer
 from securetune.training.strategy import Strategy
 from tests.sample_recipe import sample_recipe
 from tests.small_private import Ledger
+from tests.tiny import tiny_llama
 from tests.unit.training.tiny_head import make_examples, make_head
 
 KEY = bytes(range(32))
@@ -41,7 +42,8 @@ def make_clipping(kind: str) -> Clipping:
 def train(strategy: Strategy, kind: str, tokens: int) -> dict[str, Tensor]:
     """Train, and return the whole parameters and what was told about the steps."""
     torch.manual_seed(0)  # the same everywhere: no harm
-    head, examples = make_head(dtype=torch.float32), make_examples(3 if kind == "few" else 13)
+    model = tiny_llama() if kind == "full" else None  # all weights, and the output layer is tied
+    head, examples = make_head(dtype=torch.float32, model=model), make_examples(3 if kind == "few" else 13)
     adversary = Adversary(head, AdversarialConfig(method="pgd", radius=0.1, steps=2), seed=1)
     recipe = sample_recipe({"training.learning_rate": 0.01})
     prepared = strategy.prepare(head.model, partial(make_optimizer, recipe))

@@ -24,11 +24,12 @@ def test_every_block_runs_in_order(tmp_path, monkeypatch):
             namespace = {"__name__": title}
         exec(compile(code, f"block {number} {title}", "exec"), namespace)
     charged = {
-        name: read_ledger(name).steps_charged for name in ("ledger.jsonl", "second.jsonl", "people.jsonl")
+        name: read_ledger(name).steps_charged
+        for name in ("ledger.jsonl", "second.jsonl", "whole.jsonl", "people.jsonl")
     }
-    assert charged == {"ledger.jsonl": 20, "second.jsonl": 20, "people.jsonl": 5}
+    assert charged == {"ledger.jsonl": 20, "second.jsonl": 20, "whole.jsonl": 20, "people.jsonl": 5}
     assert read_ledger("out/ledger.jsonl").steps_charged == 10
-    assert len(BLOCKS) == 9
+    assert len(BLOCKS) == 10
 
 
 def test_private_loop_changes_at_most_eight_lines_of_the_plain_one():

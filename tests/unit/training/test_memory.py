@@ -11,6 +11,7 @@ from securetune.training.memory import (
     Distribution,
     ModelSize,
     Weights,
+    count_adapters,
     distribute,
     measure_size,
     rank_memory,
@@ -112,16 +113,23 @@ def test_sizes_of_a_model(base):
     recipe = sample_recipe({"training.micro_batch_tokens": 512, "data.max_length": 64})
     size = measure_size(recipe, base, tokens_per_record=32)
     model = base.model
+    trained = count_adapters(recipe.training.lora, base)
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     total = sum(p.numel() for p in model.parameters())
-    lora = recipe.training.lora
-    adapters = sum(
-        lora.rank * sum(module.weight.shape)
-        for name, module in model.named_modules()
-        if name.endswith(("q_proj", "v_proj"))
-    )
-    assert size.whole == Weights(total, adapters)
-    assert size.layer == Weights(layers[0], adapters // len(layers))
+    assert size.whole == Weights(total, trained)
+    assert size.layer == Weights(layers[0], trained // 2)
     assert size.outside == Weights(total - sum(layers), 0)
     assert size.frozen_itemsize == 4
-    assert size.sample_bytes == 4 * 16 * adapters  # 512 tokens hold 16 records of 32
+    assert size.sample_bytes == 4 * 16 * trained  # 512 tokens hold 16 records of 32
+
+
+def test_sizes_of_a_model_that_is_trained_in_full(base):
+    recipe = sample_recipe({"training.method": "full", "training.micro_batch_tokens": 512})
+    size = measure_size(recipe, base, tokens_per_record=32)
+    model = base.model
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    total = sum(p.numel() for p in model.parameters())
+    assert size.whole == Weights(0, total)
+    assert size.layer == Weights(0, layers[0])
+    assert size.outside == Weights(0, total - sum(layers))
+    assert size.sample_bytes == 2 * 4 * 16 * model.config.vocab_size  # label logits of 16 records

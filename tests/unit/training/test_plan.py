@@ -11,7 +11,7 @@ from rich.console import Console
 from securetune.config import parse_recipe
 from securetune.models.base import BaseModel
 from securetune.privacy.accounting import epsilon_spent
-from securetune.training.estimate import _adapter_parameters
+from securetune.training.memory import count_adapters
 from securetune.training.plan import make_plan
 from tests.sample_recipe import recipe_text
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -129,4 +129,4 @@ def test_adapter_size_is_what_peft_makes(base, targets):
     model = adapt(tiny_llama(), plan.recipe.training.lora)
     actual = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     fresh = dataclasses.replace(base, model=tiny_llama())
-    assert _adapter_parameters(plan.recipe.training.lora, fresh) == actual
+    assert count_adapters(plan.recipe.training.lora, fresh) == actual
