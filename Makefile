@@ -66,7 +66,7 @@ $(VENV)/.stamp-run: $(VENV)/.stamp-torch pyproject.toml setup.py constraints.txt
 	touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-run
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[quickstart,dev]'
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[quickstart,dev,deepspeed]'
 	touch $@
 
 $(VENV)/.stamp-docs: $(VENV)/.stamp-run

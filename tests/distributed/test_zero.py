@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
     cases = [*PLAIN, *OTHERS, *BFLOAT16, *NOISE]
     cases = [*sorted({alone(case) for case in cases}), *cases, "refusals", *AT_LAST]
-    found = torchrun(2, "-m", "tests.distributed.zero_worker", str(folder), *cases)
+    found = torchrun(2, "-m", "tests.distributed.zero_worker", str(folder), *cases, timeout=900)
     assert found.returncode == 0, found.stderr[-4000:]
     return folder
 
