@@ -179,6 +179,15 @@ class _DeepSpeed:
             wants_bf16 = self.mixed_precision == "bf16"
             is_bf16 = _option(values, "bf16.enabled", missing=wants_bf16, auto=wants_bf16)
             self.mixed_precision = "bf16" if is_bf16 else "no"
+            if (
+                is_bf16
+                and stage == "1"
+                and _option(values, "data_types.grad_accum_dtype", missing="", auto="")
+            ):
+                self.problems.append(
+                    "data_types.grad_accum_dtype in the DeepSpeed file makes another optimizer of ZeRO-1 "
+                    "with bf16, which has a gradient path of its own. Remove it: sums are in float32 anyway."
+                )
         stages: dict[str, StrategyName] = {"1": "zero1", "2": "zero2", "3": "zero3"}
         self.strategy: StrategyName = stages.get(stage, "zero2")
         self.offload_optimizer = optimizer != "none"

@@ -8,14 +8,14 @@ strategy  weights      sums of gradients      optimizer  gathered for use
 ========  ===========  =====================  =========  ==============================
 single    bF + 4P      4P                     8P         -
 ddp       bF + 4P      8P                     8P         -
-zero1     bF + 4P      4P                     12P / W    -
-zero2     bF + 4P      4P / W + one layer     12P / W    -
-zero3     (bF+4P) / W  4P / W + one layer     12P / W    at most 10^9 weights
+zero1     bF + 4P      4P + 4P / W            12P / W    -
+zero2     bF + 4P      8P / W + one layer     12P / W    -
+zero3     (bF+4P) / W  8P / W + one layer     12P / W    at most 10^9 weights
 fsdp2     (bF+4P) / W  4P / W + one layer     8P / W     outside of layers + two layers
 ========  ===========  =====================  =========  ==============================
 
-Adam keeps two float32 moments for each trained weight; DeepSpeed's optimizers keep a float32 master too.
-Replicas under DDP hold the sum and what is released of it; elsewhere both are in one place. ZeRO-3 keeps up
+Adam keeps two float32 moments for each trained weight; DeepSpeed's optimizers keep a float32 master too. DDP
+and ZeRO hold the sum and, beside it, what is released of it; elsewhere both are in one place. ZeRO-3 keeps up
 to 10^9 weights gathered (its ``stage3_max_live_parameters``), so small models stay whole. Under every
 strategy a process also holds the activations of a micro-batch and the gradients of its records.
 """
@@ -131,10 +131,14 @@ def rank_memory(strategy: StrategyName, num_processes: int, size: ModelSize) -> 
     """
     is_sharded = strategy in ("fsdp2", "zero3")
     whole, trained = size.bytes_of(size.whole), _FLOAT32 * size.whole.trained
-    sums = 2 * trained if strategy == "ddp" else trained
+    sums = trained
     if is_sharded or strategy == "zero2":
         one_layer = _FLOAT32 * max(size.layer.trained, size.outside.trained)
         sums = _share(trained, num_processes) + one_layer
+    if strategy == "ddp":
+        sums += trained  # what is released
+    elif strategy.startswith("zero"):
+        sums += _share(trained, num_processes)
     optimizer = _MOMENTS * trained
     if strategy == "fsdp2":
         optimizer = _share(optimizer, num_processes)

@@ -263,6 +263,13 @@ def test_refused_in_a_deepspeed_file(tmp_path, option, value, reason):
     assert "emove it" in message
 
 
+def test_the_other_bf16_optimizer_of_zero1_is_refused(tmp_path):
+    changes = {"bf16.enabled": True, "data_types.grad_accum_dtype": "fp32"}
+    assert read_launch(with_file(tmp_path, changes)).strategy == "zero2"
+    message = refusal(with_file(tmp_path, {**changes, "zero_optimization.stage": 1}))
+    assert "makes another optimizer of ZeRO-1 with bf16" in message
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
