@@ -8,9 +8,9 @@ gate; publish; and open what was published the way its receiver will.
 """
 
 import argparse
+from functools import partial
 
 from securetune.cli.output import clean_exit, console
-from securetune.config.launch import require_single_process
 from securetune.config.loader import load_recipe
 from securetune.config.packaged import find_config
 from securetune.config.schema import Recipe
@@ -30,6 +30,7 @@ from securetune.training.plan import make_plan, write_plan
 from securetune.training.prepare import prepare_data
 from securetune.training.release import release_evidence
 from securetune.training.reopen import check_reopens
+from securetune.training.strategy import Strategy, start_strategy
 from securetune.training.trackers import start_trackers
 
 out = console()
@@ -42,30 +43,35 @@ def main() -> None:
     """
     arguments = _parse_arguments()
     with clean_exit():
-        require_single_process()
         recipe = load_recipe(find_config(arguments.config), arguments.set)
         choose_device(recipe.model.device)  # a GPU that is not there is refused before anything is made
-        with RunFolder.open(recipe, resume=arguments.resume) as run:
-            harden(recipe, run)
+        strategy = start_strategy(recipe)
+        with strategy.open_run(recipe, resume=arguments.resume) as run:
+            harden(recipe, run, strategy)
 
 
-def harden(recipe: Recipe, run: RunFolder) -> None:
-    """Run every stage that is not done yet."""
-    accelerator = start_trackers(recipe, run)
-    access = prepare_access(recipe, run)
+def harden(recipe: Recipe, run: RunFolder, strategy: Strategy) -> None:
+    """Run every stage that is not done yet: training on all processes, the rest on the first."""
+    out.quiet = not strategy.is_first
+    trackers = start_trackers(recipe, run) if strategy.is_first else None
+    access = strategy.each(partial(prepare_access, recipe, run))
 
     with run.stage("data and plan"):
         base = load_base(recipe.model)
-        data = prepare_data(recipe, run, base.tokenizer)
+        data = strategy.each(partial(prepare_data, recipe, run, base.tokenizer))
         plan = make_plan(recipe, base=base, tokens_per_record=data.mean_tokens)
-        write_plan(plan, run)
+        strategy.on_first(partial(write_plan, plan, run))
         out.print(plan.render())
         del base
 
-    with run.stage("plain fine-tune"):
-        fine_tune("plain", recipe, run, access, data, plan, log=accelerator.log)
-    with run.stage("hardened training"):
-        fine_tune("hardened", recipe, run, access, data, plan, log=accelerator.log)
+    log = None if trackers is None else trackers.log
+    with run.stage("plain fine-tune"), strategy.guard():
+        fine_tune("plain", recipe, run, access, data, plan, log=log, strategy=strategy)
+    with run.stage("hardened training"), strategy.guard():
+        fine_tune("hardened", recipe, run, access, data, plan, log=log, strategy=strategy)
+    strategy.finish()
+    if trackers is None:
+        return
 
     for subject in ("base", "plain", "hardened"):
         with run.stage(f"evaluate {subject}"):
@@ -98,7 +104,7 @@ def harden(recipe: Recipe, run: RunFolder) -> None:
             _reopen(recipe, run, access)
     out.print(f"Published {len(published.files)} files to {published.folder}.")
     _print_times(run)
-    accelerator.end_training()
+    trackers.end_training()
 
 
 def _reopen(recipe: Recipe, run: RunFolder, access: Access) -> None:

@@ -37,7 +37,7 @@ from torch import Tensor
 from securetune.errors import PrivacyError
 from securetune.privacy.ledger import Ledger, LedgerState
 from securetune.privacy.loss_distribution import FIXED_ORDER, Phase
-from securetune.privacy.noise import MAX_NOISE_STREAM, NoiseSource, refuse_to_copy, reused_noise
+from securetune.privacy.noise import MAX_NOISE_STREAM, NoiseSource, SecretKey, refuse_to_copy, reused_noise
 from securetune.privacy.participation import Participation
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class CorrelatedNoise:
         ValueError: If ``key`` has the wrong length.
     """
 
-    def __init__(self, mechanism: MatrixMechanism, key: bytes | None = None) -> None:
+    def __init__(self, mechanism: MatrixMechanism, key: bytes | SecretKey | None = None) -> None:
         self.mechanism = mechanism
         self._source = NoiseSource(key)
         self._last_step = 0

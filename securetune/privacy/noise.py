@@ -36,7 +36,7 @@ from torch import Tensor
 from securetune.errors import PrivacyError
 from securetune_kernels import gaussian_noise
 
-__all__ = ["KEY_BYTES", "SAMPLING_STREAM", "Noise", "NoiseSource", "keystream_words"]
+__all__ = ["KEY_BYTES", "SAMPLING_STREAM", "Noise", "NoiseSource", "SecretKey", "keystream_words"]
 
 KEY_BYTES = 32
 SAMPLING_STREAM = 2**32 - 1  # the sampler's; noise uses the streams below 2**31
@@ -87,15 +87,16 @@ class NoiseSource:
 
     Args:
         key: 32 bytes, for tests only: a run with a fixed key reports no epsilon. By default a new key from
-            the operating system, kept in memory and nowhere else.
+            the operating system, kept in memory and nowhere else; a :class:`SecretKey` where processes share
+            one.
 
     Raises:
         ValueError: If ``key`` has the wrong length.
     """
 
-    def __init__(self, key: bytes | None = None) -> None:
+    def __init__(self, key: "bytes | SecretKey | None" = None) -> None:
         self._key = secret_key(key)
-        self._has_secret_key = key is None
+        self._has_secret_key = not isinstance(key, bytes)
         self._last_step = 0
         self._has_run = False
 
@@ -278,11 +279,33 @@ def keystream_words(key: bytes, *, stream: int, step: int, start: int, count: in
     return np.frombuffer(b"".join(parts), dtype="<u8")[:count]
 
 
-def secret_key(key: bytes | None) -> bytes:
+class SecretKey:
+    """A new key from the operating system that the processes of one run share, in memory only.
+
+    It is not shown by ``repr`` and cannot be pickled or copied.
+
+    Args:
+        secret: 32 bytes that no other run has.
+
+    Raises:
+        ValueError: If ``secret`` has the wrong length.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret_key(secret)
+
+    def __repr__(self) -> str:
+        return "SecretKey(<secret>)"
+
+    def __reduce__(self) -> NoReturn:
+        raise refuse_to_copy("SecretKey")
+
+
+def secret_key(key: bytes | SecretKey | None) -> bytes:
     """Check a test key, or take a new secret one from the operating system.
 
     Args:
-        key: 32 bytes or ``None``.
+        key: 32 bytes, a shared secret, or ``None``.
 
     Returns:
         32 bytes.
@@ -292,6 +315,8 @@ def secret_key(key: bytes | None) -> bytes:
     """
     if key is None:
         return os.urandom(KEY_BYTES)
+    if isinstance(key, SecretKey):
+        return key._secret
     if len(key) != KEY_BYTES:
         raise ValueError(f"key must be {KEY_BYTES} bytes, got {len(key)}.")
     return key

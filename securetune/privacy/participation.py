@@ -15,7 +15,7 @@ import numpy as np
 
 from securetune.errors import PrivacyError
 from securetune.privacy.loss_distribution import check_steps
-from securetune.privacy.noise import SAMPLING_STREAM, keystream_words, refuse_to_copy, secret_key
+from securetune.privacy.noise import SAMPLING_STREAM, SecretKey, keystream_words, refuse_to_copy, secret_key
 
 __all__ = ["EpochOrderSampler", "Participation", "ParticipationTracker"]
 
@@ -143,7 +143,7 @@ class EpochOrderSampler:
     """
 
     def __init__(
-        self, num_records: int, batches_per_epoch: int, *, steps: int, key: bytes | None = None
+        self, num_records: int, batches_per_epoch: int, *, steps: int, key: bytes | SecretKey | None = None
     ) -> None:
         if num_records < 1:
             raise ValueError(f"num_records must be >= 1, got {num_records}.")
@@ -155,7 +155,7 @@ class EpochOrderSampler:
             max_participations=-(-steps // batches_per_epoch),
             min_separation=batches_per_epoch,
         )
-        self._has_secret_key = key is None
+        self._has_secret_key = not isinstance(key, bytes)
         self._num_records = num_records
         words = keystream_words(secret_key(key), stream=SAMPLING_STREAM, step=0, start=0, count=num_records)
         self._batch_of = (words >> np.uint64(32)) * np.uint64(batches_per_epoch) >> np.uint64(32)

@@ -16,9 +16,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from securetune.errors import PrivacyError
 from securetune.privacy.noise import Noise
 from securetune.privacy.per_sample import PerSampleGradients
-from securetune.privacy.per_sample.gradients import TrainableParameter
+from securetune.privacy.per_sample.gradients import BatchGradients, TrainableParameter
 
 _NOISE_CHUNK = 1 << 24  # 64 MiB of noise at a time
 
@@ -54,7 +55,12 @@ class Address(NamedTuple):
 
 
 class Reduction(Protocol):
-    """What a distributed strategy does for the private step."""
+    """What a distributed strategy does for a step. Each method is called on all processes, in one order."""
+
+    @property
+    def reduces_micro_batches(self) -> bool:
+        """Whether each micro-batch is reduced into shards, so that no process holds the whole sum."""
+        ...
 
     def layers(self, parameters: Sequence[TrainableParameter]) -> Sequence[slice]:
         """Say which ranges of the flat vector are reduced on their own.
@@ -63,7 +69,8 @@ class Reduction(Protocol):
             parameters: The trainable parameters in canonical order.
 
         Returns:
-            Ranges that cover the flat vector, each entry once; the same on every process.
+            Ranges that cover the flat vector, each entry once; the same on every process. They cut no
+                parameter where micro-batches are reduced.
         """
         ...
 
@@ -80,8 +87,16 @@ class Reduction(Protocol):
         """
         ...
 
-    def address(self, layer: slice, shard: Tensor) -> Address:
-        """Say where the entries of a shard lie in the canonical flat vector."""
+    def places(self, layer: slice, shard: Tensor) -> Sequence[tuple[Tensor, Address]]:
+        """Say where the entries of a shard lie in the canonical flat vector.
+
+        Args:
+            layer: One of :meth:`layers`.
+            shard: As :meth:`reduce_sum` returned it.
+
+        Returns:
+            Contiguous views of the shard, each with its address; what is in none of them is padding.
+        """
         ...
 
     def assign(
@@ -101,9 +116,31 @@ class Reduction(Protocol):
         """
         ...
 
+    def add_counts(self, counts: Tensor) -> None:
+        """Add up small integers over all processes, in place.
+
+        Args:
+            counts: Any shape, int64.
+        """
+        ...
+
+    def refuse_other_parameters(self, grads: PerSampleGradients, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that owns other parameters than the trainable ones.
+
+        Args:
+            grads: Owner of the parameters.
+            optimizer: Who updates.
+
+        Raises:
+            PrivacyError: If some are missing, or others would train without noise.
+        """
+        ...
+
 
 class SingleProcess:
     """One process owns everything, as one layer."""
+
+    reduces_micro_batches = False
 
     def layers(self, parameters: Sequence[TrainableParameter]) -> Sequence[slice]:
         """Return the whole vector as one range."""
@@ -113,9 +150,9 @@ class SingleProcess:
         """Return the sum as it is."""
         return summed
 
-    def address(self, layer: slice, shard: Tensor) -> Address:
+    def places(self, layer: slice, shard: Tensor) -> Sequence[tuple[Tensor, Address]]:
         """Return the range's own place."""
-        return Address(layer.start, (len(shard),), (1,))
+        return [(shard, Address(layer.start, (len(shard),), (1,)))]
 
     def assign(
         self,
@@ -127,11 +164,96 @@ class SingleProcess:
         """Give the gradient to the flat parameter, or to each parameter, whichever the optimizer owns."""
         _, flat = grads.owned_by_optimizer
         if flat is not None and optimizer.param_groups[0]["params"][0] is flat:
-            flat.grad = shard.to(flat.dtype)
+            if flat.grad is None and len(shard) == len(flat):
+                flat.grad = shard.to(flat.dtype)
+                return
+            flat.grad = torch.empty_like(flat) if flat.grad is None else flat.grad
+            flat.grad[layer] = shard
             return
         for place in grads.parameters:
-            part = shard[place.start : place.stop].view_as(place.parameter)
-            place.parameter.grad = part.to(place.parameter.dtype)
+            start, stop = max(place.start, layer.start), min(place.stop, layer.stop)
+            if start >= stop:
+                continue
+            if (start, stop) == (place.start, place.stop):
+                part = shard[start - layer.start : stop - layer.start].view(place.shape)
+                place.parameter.grad = part.to(place.parameter.dtype)
+                continue
+            if place.parameter.grad is None:
+                place.parameter.grad = torch.empty_like(place.parameter)
+            part = place.parameter.grad.view(-1)[start - place.start : stop - place.start]
+            part.copy_(shard[start - layer.start : stop - layer.start])
+
+    def add_counts(self, counts: Tensor) -> None:
+        """Do nothing: they are all there are."""
+
+    def refuse_other_parameters(self, grads: PerSampleGradients, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that owns other parameters than the trainable ones, or than the flat one."""
+        owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters, flat = grads.owned_by_optimizer
+        if len(owned) == 1 and owned[0] is flat:
+            return
+        expected = {id(parameter) for parameter in parameters}
+        found = {id(parameter) for parameter in owned if parameter.requires_grad}
+        missing = [place.name for place in grads.parameters if id(place.parameter) not in found]
+        unknown = len(found - expected)
+        if missing or unknown:
+            raise PrivacyError(
+                f"the optimizer must own exactly the trainable parameters: {len(missing)} are missing"
+                f"{f' ({missing[0]}, ...)' if missing else ''}, {unknown} are unknown to the per-sample "
+                "gradients and would train without noise. Create it over [p for p in model.parameters() if "
+                "p.requires_grad], or over [grads.flat_params]."
+            )
+
+
+class Accumulator:
+    """The float32 sum of a step's clipped gradients, over micro-batches and processes.
+
+    Args:
+        grads: Per-sample gradients.
+        reduction: How processes add up.
+
+    Attributes:
+        summed: ``[P]``: this process' sum; None where micro-batches are reduced into shards.
+    """
+
+    def __init__(self, grads: PerSampleGradients, reduction: Reduction) -> None:
+        self._grads, self._reduction = grads, reduction
+        self._layers = list(reduction.layers(grads.parameters))
+        self._shards: list[Tensor] | None = None
+        self.summed = None if reduction.reduces_micro_batches else self._zeros(grads.num_params)
+
+    def add(self, batch: BatchGradients, factors: Tensor, group_of: Sequence[int] | None = None) -> None:
+        """Add a micro-batch; see :meth:`BatchGradients.accumulate`."""
+        if self.summed is not None:
+            batch.accumulate(factors, self.summed, group_of)
+            return
+        parts = batch.accumulate_layers(factors, self._layers, group_of)
+        reduced = (
+            self._reduction.reduce_sum(layer, part) for layer, part in zip(self._layers, parts, strict=True)
+        )
+        if self._shards is None:
+            self._shards = list(reduced)
+        else:
+            for shard, part in zip(self._shards, reduced, strict=True):
+                shard += part
+
+    def reduced(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield each layer with the shard that this process owns, summed over processes."""
+        if self._shards is not None:
+            yield from zip(self._layers, self._shards, strict=True)
+            return
+        for layer in self._layers:
+            part = self._zeros(layer.stop - layer.start) if self.summed is None else self.summed[layer]
+            yield layer, self._reduction.reduce_sum(layer, part)
+
+    def clear(self) -> None:
+        """Start the next step."""
+        self._shards = None
+        if self.summed is not None:
+            self.summed.zero_()
+
+    def _zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=self._grads.compute_dtype, device=self._grads.device)
 
 
 def add_noise(

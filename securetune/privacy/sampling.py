@@ -22,7 +22,14 @@ from securetune.privacy.loss_distribution import (
     check_sampling,
     step_event,
 )
-from securetune.privacy.noise import SAMPLING_STREAM, check_step, keystream_words, refuse_to_copy, secret_key
+from securetune.privacy.noise import (
+    SAMPLING_STREAM,
+    SecretKey,
+    check_step,
+    keystream_words,
+    refuse_to_copy,
+    secret_key,
+)
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
@@ -89,12 +96,14 @@ class Sampler(abc.ABC):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, num_records: int, sample_rate: float, sampling: Sampling, key: bytes | None) -> None:
+    def __init__(
+        self, num_records: int, sample_rate: float, sampling: Sampling, key: bytes | SecretKey | None
+    ) -> None:
         if num_records < 1:
             raise ValueError(f"num_records must be >= 1, got {num_records}.")
         check_sampling(sampling, sample_rate)
         self._key = secret_key(key)
-        self._has_secret_key = key is None
+        self._has_secret_key = not isinstance(key, bytes)
         self._num_records = num_records
         self._sample_rate = sample_rate
         self._sampling = sampling
@@ -228,7 +237,7 @@ class PoissonSampler(Sampler):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, num_records: int, sample_rate: float, key: bytes | None = None) -> None:
+    def __init__(self, num_records: int, sample_rate: float, key: bytes | SecretKey | None = None) -> None:
         super().__init__(num_records, sample_rate, POISSON, key)
         self._threshold = _threshold(sample_rate)
 
@@ -263,7 +272,7 @@ class TruncatedPoissonSampler(Sampler):
     """
 
     def __init__(
-        self, num_records: int, sample_rate: float, max_batch_size: int, key: bytes | None = None
+        self, num_records: int, sample_rate: float, max_batch_size: int, key: bytes | SecretKey | None = None
     ) -> None:
         super().__init__(
             num_records, sample_rate, Sampling("truncated Poisson", num_records, max_batch_size), key
@@ -304,7 +313,7 @@ class FixedSizeSampler(Sampler):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, num_records: int, batch_size: int, key: bytes | None = None) -> None:
+    def __init__(self, num_records: int, batch_size: int, key: bytes | SecretKey | None = None) -> None:
         if not 1 <= batch_size <= num_records:
             raise ValueError(f"batch_size must be from 1 to num_records ({num_records}), got {batch_size}.")
         sampling = Sampling("fixed size", num_records, batch_size)

@@ -10,7 +10,7 @@ Dimensions: ``B`` samples, ``U`` privacy units, ``P`` trainable parameters.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from securetune.privacy.ledger import LedgerState
 from securetune.privacy.matrix_factorization import CorrelatedNoise, MatrixMechanism, WholeRunCharge
 from securetune.privacy.noise import Noise
 from securetune.privacy.per_sample import PerSampleGradients
-from securetune.privacy.reduction import Reduction, SingleProcess, add_noise
+from securetune.privacy.reduction import Accumulator, Reduction, SingleProcess, add_noise
 from securetune_kernels import clip_and_accumulate
 
 GRADIENT_NOISE_STREAM = 0
@@ -49,39 +49,61 @@ class OrdinaryStep:
         optimizer: Any torch optimizer over all of the trainable parameters and nothing else, or over
             ``[grads.flat_params]``.
         expected_batch_size: Divisor of the summed gradient, > 0.
+        reduction: How several processes add up and share the work; one process when None.
     """
 
     def __init__(
-        self, grads: PerSampleGradients, optimizer: torch.optim.Optimizer, *, expected_batch_size: int
+        self,
+        grads: PerSampleGradients,
+        optimizer: torch.optim.Optimizer,
+        *,
+        expected_batch_size: int,
+        reduction: Reduction | None = None,
     ) -> None:
         if not expected_batch_size > 0:
             raise PrivacyError(f"expected_batch_size must be > 0, got {expected_batch_size}.")
         self.grads = grads
         self.optimizer = optimizer
         self.expected_batch_size = expected_batch_size
-        self.summed = torch.zeros(grads.num_params, dtype=grads.compute_dtype, device=grads.device)  # [P]
-        _refuse_other_parameters(grads, optimizer)
+        self._reduction = reduction or SingleProcess()
+        self._reduction.refuse_other_parameters(grads, optimizer)
+        self._sum = Accumulator(grads, self._reduction)
 
-    def accumulate(self, losses: Tensor) -> Tensor:
+    @property
+    def summed(self) -> Tensor:
+        """``[P]``, float32: this process' sum of the running step, before any reduction.
+
+        Raises:
+            PrivacyError: If the strategy reduces each micro-batch, so that no process holds it.
+        """
+        if self._sum.summed is None:
+            raise PrivacyError("with sharded accumulators no process holds the whole sum.")
+        return self._sum.summed
+
+    def accumulate(self, losses: Tensor, *, num_padding: int = 0) -> Tensor:
         """Add a micro-batch's gradients.
 
         Args:
             losses: ``[B]``, one loss per sample, attached to their graph.
+            num_padding: So many of the last rows stand for no sample and add nothing: they keep a process in
+                step with others.
 
         Returns:
-            ``[B]``, float32: gradient norms.
+            ``[B - num_padding]``, float32: gradient norms.
         """
         batch = self.grads.backward(losses)
         norms = batch.squared_norms().sqrt().squeeze(1)
-        batch.accumulate(torch.ones_like(norms)[:, None], self.summed)
-        return norms
+        factors = torch.ones_like(norms)[:, None]
+        factors[len(losses) - num_padding :] = 0.0
+        self._sum.add(batch, factors)
+        return norms[: len(losses) - num_padding]
 
     def finish(self) -> None:
         """Update the parameters from the accumulated gradient and start the next step."""
-        _refuse_other_parameters(self.grads, self.optimizer)
-        whole = slice(0, self.grads.num_params)
-        gradient = self.summed.div_(self.expected_batch_size)
-        SingleProcess().assign(self.grads, self.optimizer, whole, gradient)
+        self._reduction.refuse_other_parameters(self.grads, self.optimizer)
+        for layer, shard in self._sum.reduced():
+            shard.div_(self.expected_batch_size)
+            self._reduction.assign(self.grads, self.optimizer, layer, shard)
         self._update()
 
     def _update(self) -> None:
@@ -90,7 +112,7 @@ class OrdinaryStep:
         self.optimizer.step()
         for parameter in [*parameters, *([] if flat is None else [flat])]:
             parameter.grad = None
-        self.summed.zero_()
+        self._sum.clear()
 
 
 class PrivateStep(OrdinaryStep):
@@ -134,7 +156,7 @@ class PrivateStep(OrdinaryStep):
         reduction: Reduction | None = None,
         fused: bool | None = None,
     ) -> None:
-        super().__init__(grads, optimizer, expected_batch_size=expected_batch_size)
+        super().__init__(grads, optimizer, expected_batch_size=expected_batch_size, reduction=reduction)
         if not noise_multiplier >= 0:
             raise PrivacyError(f"noise_multiplier must be >= 0, got {noise_multiplier}.")
         charged = ledger.state.header.noise_multiplier
@@ -150,7 +172,6 @@ class PrivateStep(OrdinaryStep):
         clipping.noise_stddev(noise_multiplier)  # refuses before anything is charged
         self._noise = noise
         self._ledger = ledger
-        self._reduction = reduction or SingleProcess()
         if fused and reduction is not None:
             raise PrivacyError("fused=True is for one process. Leave it out, or leave out reduction.")
         may_fuse = reduction is None and (self.summed.is_cuda if fused is None else fused)
@@ -161,11 +182,13 @@ class PrivateStep(OrdinaryStep):
             ledger.begin_run()
         noise.begin_run()
         self._steps_finished = 0
-        self._public: Tensor | None = None  # [P], the weighted public gradient of this step
+        self._public: Accumulator | None = None  # the weighted public gradient of this step
         self._private_ids: set[Hashable] = set()
         self._public_ids: set[Hashable] = set()
 
-    def accumulate(self, losses: Tensor, unit_ids: Sequence[Hashable] | None = None) -> Tensor:
+    def accumulate(
+        self, losses: Tensor, unit_ids: Sequence[Hashable] | None = None, *, num_padding: int = 0
+    ) -> Tensor:
         """Add a micro-batch's clipped gradients.
 
         Args:
@@ -173,6 +196,8 @@ class PrivateStep(OrdinaryStep):
             unit_ids: Privacy unit of each sample (a user, say); all samples and all adversarial views of a
                 unit must come in one micro-batch, and are clipped as one. Every sample is a unit of its own
                 when None.
+            num_padding: So many of the last rows stand for no sample and add nothing, whatever their losses:
+                they keep a process in step with others. ``unit_ids`` names the other rows only.
 
         Returns:
             ``[U]``, float32: gradient norms before clipping, units in order of appearance. They are un-noised
@@ -183,15 +208,25 @@ class PrivateStep(OrdinaryStep):
         """
         if unit_ids is not None:
             self._remember(self._private_ids, unit_ids, self._public_ids)
+            unit_ids = [*unit_ids, *(_Padding(row) for row in range(num_padding))]
         batch = self.grads.backward(losses, unit_ids)
         rows = batch.flat_rows
-        if type(self.clipping) is FlatClipping and rows is not None and rows.dtype == torch.float32:
-            norms = clip_and_accumulate(rows, self.summed, self.clipping.max_grad_norm)
-            self.clipping.factors(norms.double().square()[:, None])  # it counts the clipped ones
+        clipping, summed = self.clipping, self._sum.summed
+        if (
+            type(clipping) is FlatClipping
+            and summed is not None
+            and rows is not None
+            and rows.dtype == torch.float32
+            and not num_padding
+        ):
+            norms = clip_and_accumulate(rows, summed, clipping.max_grad_norm)
+            clipping.factors(norms.double().square()[:, None])  # it counts the clipped ones
             return norms
         squared = batch.squared_norms(self._group_of, self.clipping.num_groups)
-        batch.accumulate(self.clipping.factors(squared), self.summed, self._group_of)
-        return squared.sum(dim=1).sqrt()
+        num_units = len(squared) - num_padding
+        squared[num_units:] = torch.nan  # which the clipping neither lets through nor counts
+        self._sum.add(batch, self.clipping.factors(squared), self._group_of)
+        return squared[:num_units].sum(dim=1).sqrt()
 
     def accumulate_public(
         self, losses: Tensor, *, weight: float = 1.0, record_ids: Sequence[Hashable] | None = None
@@ -211,8 +246,8 @@ class PrivateStep(OrdinaryStep):
             self._remember(self._public_ids, record_ids, self._private_ids)
         batch = self.grads.backward(losses)
         if self._public is None:
-            self._public = torch.zeros_like(self.summed)
-        batch.accumulate(self.summed.new_full((batch.num_units, 1), weight), self._public)
+            self._public = Accumulator(self.grads, self._reduction)
+        self._public.add(batch, losses.detach().new_full((batch.num_units, 1), weight, dtype=torch.float32))
 
     def finish(self) -> None:
         """Charge the ledger, add noise, update, and start the next step.
@@ -220,7 +255,7 @@ class PrivateStep(OrdinaryStep):
         Raises:
             PrivacyError: If the planned budget is spent; nothing is released then.
         """
-        _refuse_other_parameters(self.grads, self.optimizer)
+        self._reduction.refuse_other_parameters(self.grads, self.optimizer)
         step = self._steps_finished
         self._ledger.charge()
         self._steps_finished += 1
@@ -233,11 +268,12 @@ class PrivateStep(OrdinaryStep):
                 stream=GRADIENT_NOISE_STREAM,
                 stddev=stddev,
                 divisor=self.expected_batch_size,
-                public=self._public,
+                public=None if self._public is None else self._public.summed,
             )
         else:
             self._release(step, stddev)
             self._update()
+        self._reduction.add_counts(self.clipping.counts)
         self.clipping.finish(self._noise, step=step, noise_multiplier=self.noise_multiplier)
         self._public = None
         self._private_ids.clear()
@@ -245,13 +281,14 @@ class PrivateStep(OrdinaryStep):
 
     def _release(self, step: int, stddev: float) -> None:
         reduction = self._reduction
-        for layer in reduction.layers(self.grads.parameters):
-            shard = reduction.reduce_sum(layer, self.summed[layer])
-            address = reduction.address(layer, shard)
-            add_noise(shard, address, self._noise, step=step, stream=GRADIENT_NOISE_STREAM, stddev=stddev)
+        public = None if self._public is None else self._public.reduced()
+        for layer, shard in self._sum.reduced():
+            for part, address in reduction.places(layer, shard):
+                add_noise(part, address, self._noise, step=step, stream=GRADIENT_NOISE_STREAM, stddev=stddev)
             shard.div_(self.expected_batch_size)
-            if self._public is not None:
-                shard += reduction.reduce_sum(layer, self._public[layer])
+            if public is not None:
+                _, public_shard = next(public)
+                shard += public_shard
             reduction.assign(self.grads, self.optimizer, layer, shard)
 
     @staticmethod
@@ -294,23 +331,10 @@ def _kind(mechanism: MatrixMechanism | None) -> str:
     return "independent at each step" if mechanism is None else f"that of {mechanism}"
 
 
-def _refuse_other_parameters(grads: PerSampleGradients, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer must own the trainable parameters and nothing else, which would train without noise."""
-    owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    parameters, flat = grads.owned_by_optimizer
-    if len(owned) == 1 and owned[0] is flat:
-        return
-    expected = {id(parameter) for parameter in parameters}
-    found = {id(parameter) for parameter in owned if parameter.requires_grad}
-    missing = [place.name for place in grads.parameters if id(place.parameter) not in found]
-    unknown = len(found - expected)
-    if missing or unknown:
-        raise PrivacyError(
-            f"the optimizer must own exactly the trainable parameters: {len(missing)} are missing"
-            f"{f' ({missing[0]}, ...)' if missing else ''}, {unknown} are unknown to the per-sample "
-            "gradients and would train without noise. Create it over [p for p in model.parameters() if "
-            "p.requires_grad], or over [grads.flat_params]."
-        )
+class _Padding(NamedTuple):
+    """The unit of a row that stands for no sample: equal to no record's."""
+
+    row: int
 
 
 __all__ = ["GRADIENT_NOISE_STREAM", "OrdinaryStep", "PrivateStep"]

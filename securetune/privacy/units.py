@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from securetune.privacy.loss_distribution import Phase, Sampling
-from securetune.privacy.noise import refuse_to_copy, secret_key
+from securetune.privacy.noise import SecretKey, refuse_to_copy, secret_key
 from securetune.privacy.sampling import Sampler, SamplingStatement
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class UserSampler:
         sampler: Sampler,
         *,
         max_records_per_user: int,
-        key: bytes | None = None,
+        key: bytes | SecretKey | None = None,
     ) -> None:
         if max_records_per_user < 1:
             raise ValueError(f"max_records_per_user must be >= 1, got {max_records_per_user}.")
@@ -75,7 +75,7 @@ class UserSampler:
         self._sampler = sampler
         self._max_records_per_user = max_records_per_user
         self._key = secret_key(key)
-        self._has_secret_key = key is None
+        self._has_secret_key = not isinstance(key, bytes)
 
     def __repr__(self) -> str:
         key = "<secret>" if self._has_secret_key else "<fixed, for tests>"

@@ -7,16 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch import Tensor
+
 from securetune.adversarial.validity import find_objective, require_private_training_allows
 from securetune.checkpoints import Sealer
 from securetune.config.loader import recipe_digest
 from securetune.config.schema import Recipe
-from securetune.errors import CheckpointError, PrivacyError
+from securetune.errors import CheckpointError, ConfigError, PrivacyError
 from securetune.models.adapters import adapt, adapter_files, load_adapter
 from securetune.models.base import BaseModel, load_base
 from securetune.models.task import ClassifyHead, GenerateHead
 from securetune.privacy.ledger import Ledger
 from securetune.privacy.per_sample import PerSampleGradients
+from securetune.privacy.per_sample.layout import trainable_parameters
 from securetune.privacy.step import OrdinaryStep
 from securetune.training.access import Access, forget
 from securetune.training.drawing import make_unit_sampler
@@ -36,8 +40,10 @@ from securetune.training.prepare import PreparedData, probe_examples
 from securetune.training.progress import TrainingProgress
 from securetune.training.state import SavedState, load_state, save_state
 from securetune.training.stopping import EarlyStopping, make_score
+from securetune.training.strategy import Strategy
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
 
 Subject = Literal["base", "plain", "hardened"]
@@ -61,6 +67,7 @@ def fine_tune(
     plan: Plan,
     *,
     log: Log | None = None,
+    strategy: Strategy | None = None,
 ) -> None:
     """Train a model and seal it; go on where a killed run stopped.
 
@@ -81,12 +88,14 @@ def fine_tune(
         data: The private data.
         plan: The calibrated plan.
         log: Receives the numbers of each step, for trackers.
+        strategy: How the processes of the run share the model; they all call this. One process when None.
 
     Raises:
         PrivacyError: If the model cannot be trained privately, or the whole budget was charged before
             anything was saved.
     """
-    if run.has(f"trained_{subject}"):
+    strategy = strategy or Strategy()
+    if strategy.on_first(lambda: run.has(f"trained_{subject}")):
         return
     base = load_base(recipe.model)
     settings = recipe.training
@@ -98,23 +107,34 @@ def fine_tune(
     check_gradients(head, grads, probes, label_smoothing=settings.label_smoothing)
     if plan.privacy is not None:  # patterns that fit no parameter are refused before the plain fine-tune
         make_clipping(recipe, noise_multiplier=plan.privacy.noise_multiplier).assign(grads.parameter_names())
-    optimizer = make_optimizer(recipe, grads)
-    state = run.work / f"{subject}-state"
+    adversary = _adversary(subject, recipe, head)  # its unit of length is read from the whole embedding
+    grads.detach()
+    prepared = strategy.prepare(model, partial(make_optimizer, recipe))
+    grads, optimizer = prepared.grads, prepared.optimizer
+    if adversary is not None:
+        adversary.within = prepared.within
+    state = _state_folder(run, subject)
     owner = {"subject": subject, "recipe": recipe_digest(recipe), "base": base.digest}
-    stopping = _early_stopping(subject, recipe, head, grads, data)
+    stopping = _early_stopping(subject, recipe, head, grads, data, strategy)
     saved = None
-    if (state / "vault.json").is_file():
+    if strategy.on_first((state / "vault.json").is_file):
         saved = load_state(state, access, grads, optimizer, owner=owner, stopping=stopping)
     sampler = make_unit_sampler(
         recipe,
         [example.user_id for example in data.train],
         steps_done=0 if saved is None else saved.steps_done,
+        new_key=None if strategy.processes is None else strategy.processes.new_key,
     )
     with contextlib.ExitStack() as stack:
         ledger, clipping, step = (
             None,
             None,
-            OrdinaryStep(grads, optimizer, expected_batch_size=recipe.privacy.expected_batch_size),
+            OrdinaryStep(
+                grads,
+                optimizer,
+                expected_batch_size=recipe.privacy.expected_batch_size,
+                reduction=prepared.reduction,
+            ),
         )
         if subject == "hardened" and plan.privacy is not None:
             ledger, step = make_private_step(
@@ -125,6 +145,8 @@ def fine_tune(
                 optimizer,
                 sampler,
                 steps_done=0 if saved is None else saved.steps_done,
+                processes=strategy.processes,
+                reduction=prepared.reduction,
             )
             stack.enter_context(ledger)
             _refuse_shorter_ledger(ledger, saved)
@@ -138,13 +160,16 @@ def fine_tune(
             sampler,
             data.train,
             micro_batch_tokens=settings.micro_batch_tokens,
-            adversary=_adversary(subject, recipe, head),
+            adversary=adversary,
             dropout=dropout,
             label_smoothing=settings.label_smoothing,
+            strategy=strategy,
+            within=prepared.within,
+            filler=probes[0],
         )
         activate_dropout(model)
         save = None
-        if access.passphrase is not None:
+        if access.passphrase is not None and strategy.processes is None:
             sealer = stack.enter_context(_sealer(access, saved))
             save = partial(
                 save_state, state, sealer, grads, optimizer, owner=owner, stopping=stopping, clipping=clipping
@@ -164,12 +189,22 @@ def fine_tune(
         model.eval()
         if stopping is not None:
             stopping.restore_best()
-        _refuse_unmoved(grads)
-        public_files = {}
-        if ledger is not None:
-            if recipe.publish.release_epsilon is not None:
-                _charge_releases(ledger, [*_test_epsilons(recipe), recipe.publish.release_epsilon])
-            public_files["ledger.jsonl"] = run.ledger.read_bytes()
+        if ledger is not None and recipe.publish.release_epsilon is not None:
+            _charge_releases(ledger, [*_test_epsilons(recipe), recipe.publish.release_epsilon])
+    trained = {place.name: strategy.whole(place) for place in grads.parameters}
+    _refuse_unmoved(trained)
+    if strategy.is_sharded and strategy.is_first:
+        base = load_base(recipe.model)
+        model = adapt(base.model, settings.lora, seed=recipe.seed)
+        _put(model, trained)
+    strategy.on_first(partial(_seal, subject, recipe, run, access, model, base))
+
+
+def _seal(
+    subject: Subject, recipe: Recipe, run: RunFolder, access: Access, model: "PeftModel", base: BaseModel
+) -> None:
+    is_private = subject == "hardened" and recipe.privacy.enabled
+    public_files = {"ledger.jsonl": run.ledger.read_bytes()} if is_private else {}
     with access.sealer() as final:
         manifest = final.seal(
             checkpoint_of(run, subject),
@@ -178,7 +213,18 @@ def fine_tune(
             metadata=_metadata(subject, recipe, base),
         )
     run.save(f"trained_{subject}", {"manifest": manifest.digest})
-    forget(state)
+    forget(_state_folder(run, subject))
+
+
+def _state_folder(run: RunFolder, subject: str) -> Path:
+    return run.work / f"{subject}-state"
+
+
+def _put(model: "nn.Module", trained: Mapping[str, Tensor]) -> None:
+    """Give a whole model the parameters that a sharded one learnt."""
+    with torch.no_grad():
+        for place in trainable_parameters(model):
+            place.parameter.copy_(trained[place.name])
 
 
 def open_model(
@@ -251,12 +297,26 @@ def _adversary(subject: str, recipe: Recipe, head: Head) -> Adversary | None:
 
 
 def _early_stopping(
-    subject: str, recipe: Recipe, head: Head, grads: PerSampleGradients, data: PreparedData
+    subject: str,
+    recipe: Recipe,
+    head: Head,
+    grads: PerSampleGradients,
+    data: PreparedData,
+    strategy: Strategy,
 ) -> EarlyStopping | None:
     settings = recipe.training.early_stopping
     if subject == "plain" or settings.method == "none":
         return None
-    score = make_score(recipe, head, data.validation)
+    if strategy.name not in ("single", "ddp"):
+        raise ConfigError(
+            "training.early_stopping keeps a copy of the best weights, which are sharded under "
+            f"{strategy.name}. Use ddp or one process, or set training.early_stopping.method to 'none'."
+        )
+    own_score = make_score(recipe, head, data.validation)
+
+    def score() -> float:  # that of one process, so that all stop at the same step
+        return strategy.on_first(own_score)
+
     return EarlyStopping(settings, grads.flat_params, score, steps=recipe.privacy.steps)
 
 
@@ -367,9 +427,9 @@ def _sealer(access: Access, saved: SavedState | None) -> Sealer:
     return access.sealer(lineage=saved.lineage, generation=saved.next_generation)
 
 
-def _refuse_unmoved(grads: PerSampleGradients) -> None:
+def _refuse_unmoved(trained: Mapping[str, Tensor]) -> None:
     """LoRA starts with ``B = 0``: adapters that are still zero were never trained."""
-    if not any(bool(place.parameter.any()) for place in grads.parameters if "lora_B" in place.name):
+    if not any(bool(value.any()) for name, value in trained.items() if "lora_B" in name):
         raise PrivacyError(
             "the adapters did not move: nothing was learnt. Check the learning rate and the data."
         )

@@ -45,6 +45,7 @@ class RunFolder:
         self.public_key = root / "publisher.pub"
         self.keys = root / "keys"
         self.work = root / "work"
+        self._is_read_only = False
 
     @classmethod
     @contextlib.contextmanager
@@ -79,6 +80,20 @@ class RunFolder:
                 write_atomic(folder.work / "recipe_digest", recipe_digest(recipe))
                 write_atomic(folder.recipe, dump_recipe(recipe))
             yield folder
+
+    @classmethod
+    def follow(cls, recipe: Recipe) -> Self:
+        """Read the run folder that another process of the same run has opened.
+
+        Args:
+            recipe: The recipe of the run.
+
+        Returns:
+            The folder; results and metrics given to it are left to the other process.
+        """
+        folder = cls(recipe.run_folder)
+        folder._is_read_only = True
+        return folder
 
     @property
     def has_begun(self) -> bool:
@@ -119,7 +134,8 @@ class RunFolder:
             name: What to find it by.
             result: Anything JSON can hold.
         """
-        write_atomic(self._work_file(name), json.dumps(result))
+        if not self._is_read_only:
+            write_atomic(self._work_file(name), json.dumps(result))
 
     def load(self, name: str) -> Any:
         """Return the result saved under ``name``."""
@@ -131,6 +147,8 @@ class RunFolder:
         Args:
             values: What was measured.
         """
+        if self._is_read_only:
+            return
         append_durable(self.metrics, json.dumps({**values, "privacy": NOT_COVERED}))
 
     def read_metrics(self) -> list[dict[str, Any]]:

@@ -3,8 +3,9 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from securetune.privacy.step import OrdinaryStep, PrivateStep
 from securetune.privacy.units import DrawnRecord, UserSampler
 from securetune.training.drawing import UnitSampler
 from securetune.training.dropout import AdapterDropout
+from securetune.training.strategy import Strategy, call
 
 Head = ClassifyHead | GenerateHead
 
@@ -54,10 +56,14 @@ class Adversary:
         head: The model under attack, with its task.
         config: The recipe's ``adversarial`` section; its lengths are multiples of the mean embedding norm.
         seed: Start of the attacks; sample, step and seed decide a start, never the other samples.
+
+    Attributes:
+        within: Calls a function that uses the model's parameters, which may be sharded otherwise.
     """
 
     def __init__(self, head: Head, config: AdversarialConfig, *, seed: int) -> None:
         self._head = head
+        self.within: Callable[..., Any] = call
         self._config = config
         self._seed = seed
         self._unit = mean_embedding_norm(head.causal)
@@ -76,7 +82,7 @@ class Adversary:
         config = self._config
         with attack_mode(self._head.model):
             result = perturb(
-                lambda perturbed: self._head.losses(perturbed, batch),
+                lambda perturbed: self.within(self._head.losses, perturbed, batch),
                 embeds.detach(),
                 batch.attack_mask.to(embeds.device),
                 norm=config.norm,
@@ -101,6 +107,11 @@ class Trainer:
         adversary: None trains on clean embeddings. Attacks run without dropout and label smoothing.
         dropout: Gives the samples their masks; None for a model without dropout.
         label_smoothing: Share of each target that is spread evenly, in [0, 1).
+        strategy: The processes that share the step; each draws the same sample and takes its part. One
+            process when None.
+        within: Calls a function that uses the model's parameters, which may be sharded otherwise.
+        filler: A public example, which keeps a process in step that has none of a micro-batch's samples;
+            needed with several processes.
     """
 
     def __init__(
@@ -114,8 +125,14 @@ class Trainer:
         adversary: Adversary | None = None,
         dropout: AdapterDropout | None = None,
         label_smoothing: float = 0.0,
+        strategy: Strategy | None = None,
+        within: Callable[..., Any] | None = None,
+        filler: Example | None = None,
     ) -> None:
         self._head = head
+        self._strategy = strategy or Strategy()
+        self._within = within or call
+        self._filler = filler
         self._step = step
         self._sampler = sampler
         self._examples = examples
@@ -144,44 +161,108 @@ class Trainer:
         places = [place.position if isinstance(place, DrawnRecord) else place for place in taken]
         drawn = [self._examples[place] for place in places if place < len(self._examples)]
         by_user = isinstance(self._sampler, UserSampler)
-        losses: list[Tensor] = []
-        num_tokens = 0
-        for bucket in length_buckets(drawn, self._micro_batch_tokens, by_user=by_user):
-            examples = [drawn[index] for index in bucket]
+        total = StepTotal()
+        for examples, num_padding in self._micro_batches(drawn, by_user=by_user):
             batch = collate(examples).to(self._device)
-            num_tokens += batch.input_ids.numel()
             with _out_of_memory_advice(), self._masks(batch, number):
                 micro_losses = self._losses(batch, number)
                 if isinstance(self._step, PrivateStep):
-                    users = [example.user_id for example in examples] if by_user else None
-                    self._step.accumulate(micro_losses, users)
+                    users = [example.user_id for example in examples] if by_user and not num_padding else None
+                    self._step.accumulate(micro_losses, users, num_padding=num_padding)
                 else:
-                    self._step.accumulate(micro_losses)
-            losses.append(micro_losses.detach())
+                    self._step.accumulate(micro_losses, num_padding=num_padding)
+            if not num_padding:
+                total.add(micro_losses.detach(), batch.input_ids.numel())
         self._step.finish()
-        mean_loss = float(torch.cat(losses).mean()) if losses else None
+        total.share(self._strategy)
+        mean_loss = total.loss / total.num_samples if total.num_samples else None
         return StepResult(
             step=number,
             loss=mean_loss if mean_loss is not None and math.isfinite(mean_loss) else None,
-            num_samples=len(drawn),
-            num_tokens=num_tokens,
+            num_samples=total.num_samples,
+            num_tokens=total.num_tokens,
             clipped_fraction=_clipped_fraction(self._step),
             seconds=time.monotonic() - started,
         )
+
+    def _micro_batches(
+        self, drawn: Sequence[Example], *, by_user: bool
+    ) -> Iterator[tuple[list[Example], int]]:
+        """Yield this process' micro-batches, with how many of their rows are padding: all or none.
+
+        Every process yields the same number, so that those with fewer samples keep pace.
+        """
+        processes = self._strategy.processes
+        own = (
+            list(drawn)
+            if processes is None
+            else share_of(drawn, processes.rank, processes.size, by_user=by_user)
+        )
+        buckets = length_buckets(own, self._micro_batch_tokens, by_user=by_user)
+        for bucket in buckets:
+            yield [own[index] for index in bucket], 0
+        for _ in range(self._strategy.most(len(buckets)) - len(buckets)):
+            assert self._filler is not None, "several processes need a filler"
+            yield [self._filler], 1
 
     @property
     def _device(self) -> torch.device:
         return self._step.grads.device
 
     def _losses(self, batch: Batch, number: int) -> Tensor:
-        embeds = self._head.embed(batch)
+        embeds = self._within(self._head.embed, batch)
         if self._adversary is not None:
             embeds = self._adversary.perturb(embeds, batch, step=number)
-        return self._head.losses(embeds, batch, label_smoothing=self._label_smoothing)
+        return self._within(self._head.losses, embeds, batch, label_smoothing=self._label_smoothing)
 
     def _masks(self, batch: Batch, number: int) -> contextlib.AbstractContextManager[None]:
         """Hold the dropout masks of a micro-batch until its backward pass is done."""
         return contextlib.nullcontext() if self._dropout is None else self._dropout.masks(batch, step=number)
+
+
+def share_of(drawn: Sequence[Example], rank: int, size: int, *, by_user: bool = False) -> list[Example]:
+    """Take one process' part of a sample that all processes drew alike.
+
+    Guarantees:
+        The parts hold every example once, and differ by at most one unit (record or user); all records of a
+        user are in one part. Long examples are dealt first, so that parts are of similar length.
+
+    Args:
+        drawn: The whole sample.
+        rank: Number of the process.
+        size: Number of processes.
+        by_user: Keep the records of a user together.
+
+    Returns:
+        The process' examples; may be none.
+    """
+    units: dict[object, list[Example]] = {}
+    for index, example in enumerate(drawn):
+        units.setdefault(example.user_id if by_user else index, []).append(example)
+    longest_first = sorted(units.values(), key=lambda unit: -max(len(example.input_ids) for example in unit))
+    return [example for unit in longest_first[rank::size] for example in unit]
+
+
+@dataclass
+class StepTotal:
+    """What a step took, over its micro-batches and then over all processes."""
+
+    loss: float = 0.0
+    num_samples: int = 0
+    num_tokens: int = 0
+
+    def add(self, losses: Tensor, num_tokens: int) -> None:
+        """Add a micro-batch; ``losses``: ``[B]``."""
+        self.loss += float(losses.sum())
+        self.num_samples += len(losses)
+        self.num_tokens += num_tokens
+
+    def share(self, strategy: Strategy) -> None:
+        """Add up over all processes."""
+        if strategy.processes is not None:
+            totals = torch.tensor([self.loss, self.num_samples, self.num_tokens], dtype=torch.float64)
+            strategy.processes.add(totals)
+            self.loss, self.num_samples, self.num_tokens = float(totals[0]), int(totals[1]), int(totals[2])
 
 
 def check_gradients(
@@ -206,19 +287,19 @@ def check_gradients(
     grads.check(losses_of, len(examples))
 
 
-def make_optimizer(recipe: Recipe, grads: PerSampleGradients) -> torch.optim.AdamW:
-    """Make the recipe's AdamW over the flat adapter vector.
+def make_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    """Make the recipe's AdamW.
 
     Args:
         recipe: The recipe.
-        grads: Owner of the flat vector.
+        parameters: The flat vector of all trainable parameters alone, or themselves.
 
     Returns:
         The optimizer.
     """
     settings = recipe.training
     return torch.optim.AdamW(
-        [grads.flat_params],
+        parameters,
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,

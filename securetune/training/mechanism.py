@@ -15,12 +15,14 @@ from securetune.privacy.clipping import (
     NormalizedClipping,
     PerLayerClipping,
 )
+from securetune.privacy.distributed import Processes, SharedLedger
 from securetune.privacy.ledger import Ledger, LedgerHeader
 from securetune.privacy.loss_distribution import FIXED_ORDER
 from securetune.privacy.matrix_factorization import CorrelatedNoise, MatrixMechanism, WholeRunCharge
 from securetune.privacy.noise import NoiseSource
 from securetune.privacy.participation import EpochOrderSampler
 from securetune.privacy.per_sample import PerSampleGradients
+from securetune.privacy.reduction import Reduction
 from securetune.privacy.step import PrivateStep
 from securetune.training.drawing import UnitSampler, make_unit_sampler, planned_sampler
 from securetune.training.folder import RunFolder
@@ -193,6 +195,8 @@ def make_private_step(
     sampler: UnitSampler,
     *,
     steps_done: int = 0,
+    processes: Processes | None = None,
+    reduction: Reduction | None = None,
 ) -> tuple[Ledger, PrivateStep]:
     """Open the run's ledger and make the step that is charged to it.
 
@@ -204,6 +208,8 @@ def make_private_step(
         optimizer: Over those parameters.
         sampler: Draws the units of each step.
         steps_done: Steps of the run that are behind it.
+        processes: Those that take the step together; None for one.
+        reduction: How they add up.
 
     Returns:
         The open ledger, and the step.
@@ -217,11 +223,13 @@ def make_private_step(
         assert isinstance(sampler, EpochOrderSampler)
         correlated = make_mechanism(recipe, steps_done=steps_done)
         assert correlated.participation == sampler.participation
-    noise = NoiseSource() if correlated is None else CorrelatedNoise(correlated)
+    key = None if processes is None else processes.new_key()
+    noise = NoiseSource(key) if correlated is None else CorrelatedNoise(correlated, key)
     reportable = noise.reportable_epsilon and sampler.reportable_epsilon
     clipping = make_clipping(recipe, noise_multiplier=plan.noise_multiplier)
     clipping.assign(grads.parameter_names())  # refuses before there is a ledger
-    ledger = Ledger(run.ledger, planned_header(recipe, plan, sampler=sampler, reportable_epsilon=reportable))
+    header = planned_header(recipe, plan, sampler=sampler, reportable_epsilon=reportable)
+    ledger = Ledger(run.ledger, header) if processes is None else SharedLedger(run.ledger, header, processes)
     try:
         step = PrivateStep(
             grads,
@@ -231,6 +239,7 @@ def make_private_step(
             expected_batch_size=recipe.privacy.expected_batch_size,
             noise=noise,
             ledger=ledger if correlated is None else WholeRunCharge(ledger, correlated),
+            reduction=reduction,
         )
     except BaseException:
         ledger.close()

@@ -24,7 +24,13 @@ from securetune.privacy.per_sample.gradients import (
     as_3d,
     index_units,
 )
-from securetune.privacy.per_sample.layout import count_owners, flatten, lay_out_rows, trainable_parameters
+from securetune.privacy.per_sample.layout import (
+    count_owners,
+    flatten,
+    is_sharded,
+    lay_out_rows,
+    trainable_parameters,
+)
 from securetune.privacy.per_sample.paths import Path
 from securetune.privacy.per_sample.row_watch import RowWatch, not_by_sample
 from securetune.privacy.per_sample.self_check import check_against_autograd
@@ -52,6 +58,10 @@ class PerSampleGradients:
             long as a backward (with checkpointing, a forward too). It pays for training in full under
             checkpointing, where one pass or a useful batch does not fit; adapters are small enough for one.
 
+    Attributes:
+        agree_on_most: The largest of a number over the processes that share a sharded model, whose passes
+            must keep pace; None where passes are each process' own.
+
     Raises:
         ValueError: If ``passes`` is neither.
         PrivacyError: If a trainable parameter has no exact per-sample path, or a module couples samples; the
@@ -64,7 +74,12 @@ class PerSampleGradients:
         self.model = model
         self.passes = passes
         self.parameters = trainable_parameters(model)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model.require_backward_grad_sync = False  # it would fill every .grad: clipped sums are reduced
         self._place = {id(place.parameter): place for place in self.parameters}
+        self._is_sharded = any(is_sharded(place.parameter) for place in self.parameters)
+        self.agree_on_most: Callable[[int], int] | None = None
+        self._unsharded: list[nn.Parameter] = []  # kept alive, since they are known by id
         self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.paths = find_paths(model, self)
         self.num_params = self.parameters[-1].stop
@@ -279,6 +294,23 @@ class PerSampleGradients:
         """Return the place of a parameter, None for a frozen one."""
         return self._place.get(id(parameter))
 
+    def meet(self, owned: Sequence[tuple[nn.Module, str, TrainableParameter]]) -> None:
+        """Learn the parameters that a wrapper put in the place of its shards for the running pass (FSDP2).
+
+        Args:
+            owned: A module, the name of its parameter there, and the parameter's place.
+        """
+        for module, name, place in owned:
+            parameter = module._parameters[name]
+            if parameter is not None and id(parameter) not in self._place:
+                self._unsharded.append(parameter)
+                self._place[id(parameter)] = place
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a wrapper holds parts of the trainable parameters only, between their uses."""
+        return self._is_sharded
+
     def record_dense(self, place: TrainableParameter, a: Tensor, g: Tensor, name: str) -> None:
         """Record the gradient ``g_i^T a_i`` of a matrix; ``a``: ``[B, ..., d]``, ``g``: ``[B, ..., p]``."""
         a, g = self.by_sample(a, name), self.by_sample(g, name)
@@ -353,9 +385,9 @@ class PerSampleGradients:
             the second pass, which wants factors only, memory that nobody reads.
         """
         if self._is_second:
-            return [self._buffer.new_empty(self._rows, *place.parameter.shape) for place in places], False
+            return [self._buffer.new_empty(self._rows, *place.shape) for place in places], False
         is_added = any(place.index in self._written for place in places)
-        rows = [self.row_slice(place).unflatten(1, place.parameter.shape) for place in places]
+        rows = [self.row_slice(place).unflatten(1, place.shape) for place in places]
         for place, own in zip(places, rows, strict=True):
             if is_added and place.index not in self._written:
                 own.zero_()
@@ -393,23 +425,25 @@ class PerSampleGradients:
 
         Each pass differentiates the samples whose number has one bit set, or not set, so that every pair is
         told apart. It is done again when the model changes between training and evaluation, or the model gets
-        another number of rows for a sample; a batch without any finite gradient proves nothing.
+        another number of rows for a sample; a batch without any finite gradient proves nothing. Processes
+        that share a model run the same number of passes.
         """
         given = self._rows if self._watch.batch_rows is None else self._watch.batch_rows
-        if self._rows == 1:
-            if given > 1:
-                raise PrivacyError(
-                    f"the model got {given} rows and there is one loss. A mean or sum over the batch mixes "
-                    "samples: use reduction='none' and reduce within each sample only. If all rows are one "
-                    "sample, give them to the model as [1, rows, ...]."
-                )
-            return
+        if self._rows == 1 and given > 1:
+            raise PrivacyError(
+                f"the model got {given} rows and there is one loss. A mean or sum over the batch mixes "
+                "samples: use reduction='none' and reduce within each sample only. If all rows are one "
+                "sample, give them to the model as [1, rows, ...]."
+            )
         state = (self.model.training, given / self._rows)
-        if state in self._proven:
+        num_bits = 0 if state in self._proven else (self._rows - 1).bit_length()
+        if self.agree_on_most is not None:
+            num_bits = self.agree_on_most(num_bits)
+        if not num_bits:
             return
         self._saw_gradient = False
         numbers = torch.arange(self._rows, device=losses.device)
-        masks = [(numbers >> bit & 1).bool() for bit in range((self._rows - 1).bit_length())]
+        masks = [(numbers >> bit & 1).bool() for bit in range(num_bits)]
         try:
             for self._proving in (part for mask in masks for part in (mask, ~mask)):
                 losses[self._proving].sum().backward(retain_graph=True)

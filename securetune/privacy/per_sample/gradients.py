@@ -42,6 +42,7 @@ class TrainableParameter:
         index: Position among the trainable parameters.
         start: Flat index of its first entry.
         stop: Flat index after its last entry.
+        shape: Of the whole parameter, also where a wrapper holds a part of it only.
     """
 
     name: str
@@ -49,6 +50,7 @@ class TrainableParameter:
     index: int
     start: int
     stop: int
+    shape: torch.Size
 
 
 @dataclass
@@ -153,22 +155,46 @@ class BatchGradients:
             out: ``[P]``, float32: accumulator in canonical order.
             group_of: Group of each parameter, in canonical order; one group when None.
         """
+        self._add_range(slice(0, self.num_params), factors, out, group_of)
+
+    def accumulate_layers(
+        self, factors: Tensor, layers: Sequence[slice], group_of: Sequence[int] | None = None
+    ) -> Iterator[Tensor]:
+        """Yield the weighted sum of the units' gradients, one range of the flat vector after another.
+
+        Args:
+            factors: ``[U, G]``, float32: weight of each unit in each group.
+            layers: Ranges that cut no parameter.
+            group_of: Group of each parameter, in canonical order; one group when None.
+
+        Yields:
+            1-D, float32: the sum of the next range.
+        """
+        for layer in layers:
+            out = self._rows.new_zeros(layer.stop - layer.start)
+            self._add_range(layer, factors, out, group_of)
+            yield out
+
+    def _add_range(self, within: slice, factors: Tensor, out: Tensor, group_of: Sequence[int] | None) -> None:
         if self.num_samples == 0:
             return
         groups = [0] * len(self._parameters) if group_of is None else group_of
         by_row = factors.to(self._rows.dtype)[self.unit_index]  # [B, G]
         kept = [(by_row[:, g] != 0).nonzero().flatten() for g in range(factors.shape[1])]
         with full_precision():
-            for run in self._column_runs(groups):
+            for run in self._column_runs(groups, within):
                 keep, weights = kept[run.group], by_row[:, run.group]
                 rows = self._rows[:, run.columns]
                 if len(keep) < self.num_samples:
                     rows, weights = rows[keep], weights[keep]
-                out[run.flat].addmv_(rows.t().to(out.dtype), weights.to(out.dtype))
+                part = out[run.flat.start - within.start : run.flat.stop - within.start]
+                part.addmv_(rows.t().to(out.dtype), weights.to(out.dtype))
             for index, uses in self._factored.items():
                 place = self._parameters[index]
-                keep, weights = kept[groups[index]], by_row[:, groups[index]]
-                accumulate_factored(uses, keep, weights, out[place.start : place.stop])
+                if _is_within(place, within):
+                    keep, weights = kept[groups[index]], by_row[:, groups[index]]
+                    part = out[place.start - within.start : place.stop - within.start]
+                    accumulate_factored(uses, keep, weights, part)
 
     def materialize(self) -> Tensor:
         """Write every sample's gradient out, for checks and tests: ``B * P`` numbers.
@@ -231,11 +257,13 @@ class BatchGradients:
         lengths = _lengths(a, g) + torch.linalg.vector_norm(lookup_g, dim=2).sum(1)
         return (total + 2 * tied_cross_products(a, g, ids, lookup_g)).clamp_min(0) + _slack(lengths)
 
-    def _column_runs(self, groups: Sequence[int]) -> Iterator["_ColumnRun"]:
+    def _column_runs(self, groups: Sequence[int], within: slice) -> Iterator["_ColumnRun"]:
         """Yield maximal ranges of row columns that lie together in the flat vector and share a group."""
         run: _ColumnRun | None = None
         for index, (start, stop) in sorted(self._row_columns.items()):
             place = self._parameters[index]
+            if not _is_within(place, within):
+                continue
             if (
                 run
                 and run.flat.stop == place.start
@@ -249,6 +277,14 @@ class BatchGradients:
             run = _ColumnRun(slice(start, stop), slice(place.start, place.stop), groups[index])
         if run:
             yield run
+
+
+def _is_within(place: TrainableParameter, within: slice) -> bool:
+    if place.start >= within.stop or place.stop <= within.start:
+        return False
+    assert within.start <= place.start, "a range cuts a parameter"
+    assert place.stop <= within.stop, "a range cuts a parameter"
+    return True
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.gradients import TrainableParameter
@@ -11,6 +12,7 @@ from securetune.privacy.per_sample.paths import Path
 
 # What wrappers put into parameter names: torch.compile, FSDP, activation checkpointing, DDP.
 _WRAPPER_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = (nn.parallel.DistributedDataParallel,)
 
 
 def trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
@@ -32,8 +34,12 @@ def trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
             continue
         for inserted in _WRAPPER_NAMES:
             name = name.replace(inserted, "")
-        places.append(TrainableParameter(name, parameter, len(places), start, start + parameter.numel()))
-        start = places[-1].stop
+        if isinstance(model, _WRAPPERS):
+            name = name.removeprefix("module.")
+        shape = whole_shape(parameter)
+        stop = start + shape.numel()
+        places.append(TrainableParameter(name, parameter, len(places), start, stop, shape))
+        start = stop
     if not places:
         raise PrivacyError(
             "the model has no trainable parameter. Unfreeze some (requires_grad_(True)), or add adapters "
@@ -46,6 +52,16 @@ def trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
             "first."
         )
     return places
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return a parameter's shape; DeepSpeed's ZeRO-3 leaves none of it in the parameter between its uses."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether a wrapper (FSDP2, ZeRO-3) holds a part of the parameter only, between its uses."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_shape")
 
 
 def count_owners(model: nn.Module) -> dict[int, int]:
@@ -75,8 +91,8 @@ def lay_out_rows(
     start = 0
     for place in parameters:
         if place.index in written:
-            columns[place.index] = (start, start + place.parameter.numel())
-            start += place.parameter.numel()
+            columns[place.index] = (start, start + place.shape.numel())
+            start += place.shape.numel()
     return columns
 
 
@@ -90,8 +106,13 @@ def flatten(parameters: Sequence[TrainableParameter]) -> nn.Parameter:
         ``[P]``, of their dtype.
 
     Raises:
-        PrivacyError: If their dtypes differ.
+        PrivacyError: If their dtypes differ, or they are sharded.
     """
+    if any(is_sharded(place.parameter) for place in parameters):
+        raise PrivacyError(
+            "flat_params needs whole parameters, and these are sharded (FSDP2 or ZeRO-3). Give the optimizer "
+            "the parameters themselves."
+        )
     dtypes = {place.parameter.dtype for place in parameters}
     if len(dtypes) > 1:
         raise PrivacyError(

@@ -25,12 +25,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """The active adapter of one LoRA layer."""
+    """The active adapter of one LoRA layer; its parameters are read anew, since wrappers exchange them."""
 
-    a: nn.Parameter  # [r, d]
-    b: nn.Parameter  # [p, r]
+    down: nn.Module
+    up: nn.Module
     scaling: float
     dropout: nn.Module
+
+    @property
+    def a(self) -> nn.Parameter:
+        """``[r, d]``."""
+        return self.down.weight  # pyright: ignore[reportReturnType]
+
+    @property
+    def b(self) -> nn.Parameter:
+        """``[p, r]``."""
+        return self.up.weight  # pyright: ignore[reportReturnType]
 
 
 class LoraPath(Path):
@@ -40,8 +50,8 @@ class LoraPath(Path):
         super().__init__(engine, name, module)
         (key,) = _active_adapters(module)
         self.layer = LoraLayer(
-            module.lora_A[key].weight,
-            module.lora_B[key].weight,
+            module.lora_A[key],
+            module.lora_B[key],
             float(module.scaling[key]),
             module.lora_dropout[key],
         )

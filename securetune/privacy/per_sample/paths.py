@@ -38,6 +38,12 @@ class Path:
     def __init__(self, engine: "PerSampleGradients", name: str, module: Any) -> None:
         self.engine, self.name, self.module = engine, name, module
         self._is_attached = False
+        self._owned = [
+            (part, key, place)
+            for part in module.modules()
+            for key, parameter in part._parameters.items()
+            if parameter is not None and (place := engine.place_of(parameter)) is not None
+        ]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -98,6 +104,8 @@ class Path:
             return _outside_of_the_graph(self._call, *args, **kwargs)
         if not torch.is_grad_enabled():
             return self._original(*args, **kwargs)
+        if self.engine.is_sharded:
+            self.engine.meet(self._owned)
         return self.run(*args, **kwargs)
 
 

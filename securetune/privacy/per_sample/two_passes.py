@@ -8,7 +8,7 @@ Dimensions: ``B`` samples, ``U`` privacy units, ``G`` clipping groups, ``T`` pos
     parameters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, Protocol
 
 import torch
@@ -95,6 +95,24 @@ class TwoPassGradients(BatchGradients):
         summing = _Summing(self, factors, out, group_of)
         run_again(summing)
         summing.finish(self._parameters)
+
+    def accumulate_layers(
+        self, factors: Tensor, layers: Sequence[slice], group_of: Sequence[int] | None = None
+    ) -> Iterator[Tensor]:
+        """Yield what :meth:`BatchGradients.accumulate_layers` does, from one vector: there is one pass more.
+
+        Args:
+            factors: ``[U, G]``, float32: weight of each unit in each group.
+            layers: Ranges of the flat vector.
+            group_of: Group of each parameter, in canonical order; one group when None.
+
+        Yields:
+            1-D, float32: the sum of the next range.
+        """
+        out = self._rows.new_zeros(self.num_params)
+        self.accumulate(factors, out, group_of)
+        for layer in layers:
+            yield out[layer]
 
     def materialize(self) -> Tensor:
         """Write every sample's gradient out, for checks and tests: the second pass, which frees the graph.

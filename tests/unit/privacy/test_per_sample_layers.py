@@ -379,7 +379,7 @@ class TestNormsUnderCancellation:
     @staticmethod
     def norms(uses: Uses, shape: tuple[int, int], unit_index: torch.Tensor | None = None):
         weight = nn.Parameter(torch.zeros(shape))
-        place = TrainableParameter("w", weight, 0, 0, weight.numel())
+        place = TrainableParameter("w", weight, 0, 0, weight.numel(), weight.shape)
         samples = len((uses.dense or uses.lookups)[0][0])
         grads = BatchGradients([place], torch.zeros(samples, 0), {}, {0: uses}, unit_index)
         found = grads.squared_norms().sqrt().squeeze(1).double()

@@ -99,9 +99,9 @@ class ColumnShards(SingleProcess):
         total = summed + self.other[layer]
         return total.view(self._shape_at[layer.start])[..., self._columns(layer)].contiguous()
 
-    def address(self, layer, shard):
+    def places(self, layer, shard):
         strides = torch.empty(self._shape_at[layer.start]).stride()
-        return Address(layer.start + self._columns(layer).start, tuple(shard.shape), strides)
+        return [(shard, Address(layer.start + self._columns(layer).start, tuple(shard.shape), strides))]
 
     def assign(self, grads, optimizer, layer, shard):
         self.shards[layer.start] = shard
@@ -140,9 +140,10 @@ def test_two_processes_release_what_one_would():
     ranks = [start(ColumnShards(rank)) for rank in range(2)]
     add(*ranks[0], slice(0, 3), slice(0, 1))
     add(*ranks[1], slice(3, None), slice(1, None))
-    sums = [(step.summed.clone(), step._public.clone()) for _, step in ranks]
+    sums = [(step.summed.clone(), step._public.summed.clone()) for _, step in ranks]
     for rank, (_, step) in enumerate(ranks):
-        step._reduction = _Both(step._reduction, sums[1 - rank])
+        both = _Both(step._reduction, sums[1 - rank])
+        step._reduction = step._sum._reduction = step._public._reduction = both
         step.finish()
     parts = [step._reduction.inner.shards for _, step in ranks]
     whole = torch.cat([torch.cat([parts[0][key], parts[1][key]], dim=-1).flatten() for key in parts[0]])
@@ -164,8 +165,8 @@ class _Both(SingleProcess):
         self._asked.add(layer.start)
         return self.inner.reduce_sum(layer, summed)
 
-    def address(self, layer, shard):
-        return self.inner.address(layer, shard)
+    def places(self, layer, shard):
+        return self.inner.places(layer, shard)
 
     def assign(self, *args):
         self.inner.assign(*args)

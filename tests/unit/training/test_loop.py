@@ -149,7 +149,7 @@ def private_update(folder, *, sample_rate: float, weight_decay: float):
     with Ledger(folder / f"{sample_rate}-{weight_decay}.jsonl", header) as ledger:
         step = PrivateStep(
             grads,
-            make_optimizer(recipe, grads),
+            make_optimizer(recipe, [grads.flat_params]),
             clipping=FlatClipping(1.0),
             noise_multiplier=1.0,
             expected_batch_size=8,

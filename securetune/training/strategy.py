@@ -1,0 +1,267 @@
+"""How the processes of a run share a model: alone, replicated (DDP) or sharded (FSDP2, DeepSpeed's ZeRO)."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from securetune.config.schema import Recipe
+from securetune.errors import ConfigError, MachineError
+from securetune.privacy.distributed import DataParallel, FullySharded, Processes
+from securetune.privacy.distributed.collectives import DEFAULT_TIMEOUT
+from securetune.privacy.per_sample import PerSampleGradients
+from securetune.privacy.per_sample.gradients import TrainableParameter
+from securetune.privacy.reduction import Reduction
+from securetune.training.folder import RunFolder
+
+StrategyName = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Root(nn.Module):
+    """The outermost module of a sharded model: whatever uses the model's parameters runs in its forward.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function that uses the model."""
+        return function(*args, **kwargs)
+
+
+@dataclass
+class Prepared:
+    """A model ready to train.
+
+    Attributes:
+        grads: Its per-sample gradients.
+        optimizer: Over its trainable parameters.
+        reduction: How the processes add up; None for one process.
+        within: Calls a function that uses the model's parameters, with all of them at hand.
+    """
+
+    grads: PerSampleGradients
+    optimizer: torch.optim.Optimizer
+    reduction: Reduction | None
+    within: Callable[..., Any]
+
+
+class Strategy:
+    """What a run does with its processes.
+
+    Args:
+        name: How the model is shared.
+        processes: Those of the run; None for one process.
+        engine_options: What DeepSpeed's configuration adds (offloading, bf16), for ZeRO.
+
+    Raises:
+        ConfigError: If the name does not fit the processes.
+    """
+
+    def __init__(
+        self,
+        name: StrategyName = "single",
+        processes: Processes | None = None,
+        *,
+        engine_options: dict[str, Any] | None = None,
+    ) -> None:
+        if (processes is None) != (name == "single"):
+            raise ConfigError(
+                f"strategy {name!r} needs {'one process' if name == 'single' else 'processes'}."
+            )
+        self.name: StrategyName = name
+        self.processes = processes
+        self.engine_options = engine_options or {}
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.processes is None or self.processes.rank == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process holds all of the trainable parameters, so that all run each pass together."""
+        return self.name in ("fsdp2", "zero3")
+
+    @contextlib.contextmanager
+    def open_run(self, recipe: Recipe, *, resume: bool) -> Iterator[RunFolder]:
+        """Open the run folder on the first process, and let the others read it; see ``RunFolder.open``.
+
+        The folder must lie on a file system that all processes see.
+
+        Args:
+            recipe: The recipe of the run.
+            resume: Go on if the folder holds a run of the same recipe.
+
+        Yields:
+            The folder.
+        """
+        with contextlib.ExitStack() as stack:
+            opened: list[RunFolder] = []
+
+            def open_it() -> None:
+                opened.append(stack.enter_context(RunFolder.open(recipe, resume=resume)))
+
+            self.on_first(open_it)
+            yield opened[0] if opened else RunFolder.follow(recipe)
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turn the loss of another process into an error that says what to do.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            MachineError: If another process was killed, failed or hangs.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.processes is None or not _is_lost_contact(error):
+                raise
+            raise MachineError(
+                f"process {self.processes.rank} of {self.processes.size} lost another one in training "
+                f"({str(error).strip().splitlines()[0]}). It was killed, ran out of memory, failed or hangs: "
+                "look for the first error in the output. What was charged stays charged; go on from the last "
+                "save with --resume."
+            ) from error
+
+    def finish(self) -> None:
+        """Part from the other processes, once all are done with training."""
+        if self.processes is not None:
+            self.processes.keep_pace("training ends")
+            torch.distributed.destroy_process_group()
+
+    def on_first(self, function: Callable[[], Any]) -> Any:
+        """Run a function on the first process; see :meth:`Processes.on_first`."""
+        return function() if self.processes is None else self.processes.on_first(function)
+
+    def each(self, function: Callable[[], Any]) -> Any:
+        """Run a function on every process, on the first one before the others: it may write what they read.
+
+        Args:
+            function: What to run.
+
+        Returns:
+            What it returned on this process.
+        """
+        results: list[Any] = []
+        self.on_first(lambda: results.append(function()))
+        return results[0] if results else function()
+
+    def most(self, number: int) -> int:
+        """Return the largest of a number over all processes."""
+        return number if self.processes is None else self.processes.most(number)
+
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Prepared:
+        """Share a model among the processes, and make its per-sample gradients and optimizer.
+
+        Args:
+            model: The same on every process, with its adapters, on its device; checked already.
+            make_optimizer: Makes the optimizer over a list of parameters.
+
+        Returns:
+            What trains it.
+        """
+        if self.processes is None:
+            grads = PerSampleGradients(model)
+            return Prepared(grads, make_optimizer([grads.flat_params]), None, call)
+        if self.name == "ddp":
+            grads = PerSampleGradients(model)
+            optimizer = make_optimizer([grads.flat_params])
+            return Prepared(grads, optimizer, DataParallel(self.processes), call)
+        if self.name == "fsdp2":
+            return self._prepare_fsdp2(model, make_optimizer)
+        raise ConfigError(f"strategy {self.name!r} is not supported yet. Use ddp or fsdp2.")
+
+    def _prepare_fsdp2(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Prepared:
+        from torch.distributed.fsdp import fully_shard
+
+        assert self.processes is not None
+        root = Root(model)
+        for block in blocks_of(model):
+            fully_shard(block)
+        fully_shard(root)
+        grads = PerSampleGradients(model)
+        grads.agree_on_most = self.processes.most
+        optimizer = make_optimizer([place.parameter for place in grads.parameters])
+        return Prepared(grads, optimizer, FullySharded(self.processes, grads.parameters), root)
+
+    def whole(self, place: TrainableParameter) -> Tensor:
+        """Put a trainable parameter together; all processes call it.
+
+        Args:
+            place: The parameter.
+
+        Returns:
+            The whole parameter, on the CPU.
+        """
+        from torch.distributed.tensor import DTensor
+
+        value = place.parameter.detach()
+        return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+
+
+def start_strategy(recipe: Recipe) -> Strategy:
+    """Join the other processes of this launch, if there are any.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        How they share the model.
+    """
+    environment = os.environ
+    if int(environment.get("WORLD_SIZE", "1")) == 1:
+        return Strategy()
+    on_gpu = recipe.model.device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
+    name: StrategyName = "ddp"
+    if environment.get("ACCELERATE_USE_FSDP") == "true":
+        name = "fsdp2"
+    return Strategy(name, Processes())
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("connection closed", "connection reset", "timed out", "broken pipe"))
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Find the repeated blocks of a model: what a list holds whose members are of one class.
+
+    Args:
+        model: Any transformer.
+
+    Returns:
+        The blocks of the outermost lists, in order.
+    """
+    blocks: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if id(module) in inside or not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        if len({type(block) for block in module}) == 1:
+            blocks.extend(module)
+            inside.update(id(part) for block in module for part in block.modules())
+    return blocks
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function: what :attr:`Prepared.within` does for a model that is whole."""
+    return function(*args, **kwargs)
