@@ -1,7 +1,7 @@
 """Build the package for Hugging Face's kernel hub: ``python kernels/hub/build.py [FOLDER]``.
 
-``build.toml`` says for which backends. Nothing is compiled: each variant ``FOLDER/build/torch-<backend>`` is a
-copy of the package with the ``metadata.json`` that the hub's loader reads. ``FOLDER`` is ``kernels/`` unless
+``build.toml`` says for which backends. Nothing is compiled: each variant ``FOLDER/build/torch-<backend>`` is
+a copy of the package with the ``metadata.json`` that the hub's loader reads. ``FOLDER`` is ``kernels/`` unless
 given.
 """
 
