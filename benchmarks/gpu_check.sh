@@ -66,7 +66,7 @@ printf '%s\n' "${summary[@]}"
 tail -n 1 "$out/pytest_gpu.log"
 echo
 if [ -f "$out/results.jsonl" ]; then
-    "$python" -m benchmarks --show "$out/results.jsonl"
+    "$python" -m benchmarks --show "$out/results.jsonl" --plots "$out"
 else
     echo "no results"
 fi

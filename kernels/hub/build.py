@@ -1,8 +1,8 @@
 """Build the package for Hugging Face's kernel hub: ``python kernels/hub/build.py [FOLDER]``.
 
 ``build.toml`` says for which backends. Nothing is compiled: each variant ``FOLDER/build/torch-<backend>`` is
-a copy of the package with the ``metadata.json`` that the hub's loader reads. ``FOLDER`` is ``kernels/`` unless
-given.
+a copy of the package with the ``metadata.json`` that the hub's loader reads. Without ``FOLDER`` it is
+``kernels/``.
 """
 
 import base64
