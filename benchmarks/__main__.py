@@ -1,7 +1,8 @@
 """Run benchmarks: ``python -m benchmarks [NAME ...] [--json FILE] [--device auto|cpu|cuda] [--quick]``.
 
 Without a name, every benchmark that fits this machine runs. A ratio is value / baseline: below 1 is faster or
-smaller. ``--show FILE`` prints the table of an earlier run's file instead.
+smaller. ``kernels`` also draws its plots, into ``--plots FOLDER``. ``--show FILE`` prints the table of an
+earlier run's file instead.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from ._harness import (
     package_versions,
     print_table,
 )
-from .bench_kernels import OPS
+from ._plots import draw
+from .bench_kernels import OPS, works
 
 FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "results"
 PREFIX = "bench_"
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -53,14 +56,22 @@ def run_benchmark(name: str, context: Context, json_file: Path | None) -> list[R
     return results
 
 
-def show(json_file: Path) -> int:
-    """Print the table of a results file."""
+def show(json_file: Path, plots: Path | None) -> int:
+    """Print the table of a results file, and draw its plots if asked for."""
     if not json_file.exists():
         print(f"--show {json_file}: no such file.", file=sys.stderr)
         return EXIT_USAGE
     lines = json_file.read_text(encoding="utf-8").splitlines()
-    print_table([Result(**json.loads(line)) for line in lines])
+    results = [Result(**json.loads(line)) for line in lines]
+    print_table(results)
+    if plots is not None:
+        _draw(results, plots)
     return 0
+
+
+def _draw(results: list[Result], folder: Path) -> None:
+    for path in draw(list(works()), results, folder):
+        print(f"drawn: {path}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,9 +82,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="few rounds, small shapes: checks that it runs")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a results file")
+    parser.add_argument(
+        "--plots",
+        type=Path,
+        metavar="FOLDER",
+        help="where the plots of kernels go; benchmarks/results unless given",
+    )
     options = parser.parse_args(arguments)
     if options.show is not None:
-        return show(options.show)
+        return show(options.show, options.plots)
     unknown = [name for name in options.names if name not in available()]
     if unknown:
         print(
@@ -110,6 +127,10 @@ def main(arguments: list[str] | None = None) -> int:
     if results:
         print()
         print_table(results)
+    # a quick run shows nothing worth keeping
+    folder = options.plots or (None if options.quick else RESULTS)
+    if folder is not None and any(result.benchmark == "kernels" for result in results):
+        _draw(results, folder)
     return status
 
 

@@ -1,4 +1,4 @@
-"""Every op in one table: the measured time, and for most of them the least time that the chip allows.
+"""Every op in one table: the measured time, and the least time that the chip allows.
 
 Predictions are marked so: the bytes and operations of each call over the ceilings of the chip's data sheet,
 an H100's where no GPU is. No kernel reaches them, so a prediction is a bound, not a promise.
@@ -13,7 +13,13 @@ from dataclasses import replace
 
 import torch
 
-from . import bench_clip_and_accumulate, bench_pgd_step
+from . import (
+    bench_clip_and_accumulate,
+    bench_embedding_grad_norms,
+    bench_lora_per_sample_grads,
+    bench_per_sample_sums,
+    bench_pgd_step,
+)
 from ._harness import Context, DoesNotFit, Quantiles, Result, device_name, plain_result
 from ._layers import layer_shapes
 from ._roofline import H100, Chip, Work, chip_named, least_seconds, limit_of
@@ -39,7 +45,7 @@ INTEGER_PER_NORMAL = {"chacha20": (10 * 8 * 12 + 16) / 8, "philox": 10 * 10 / 2}
 
 
 def run(context: Context) -> Iterable[Result]:
-    """Predict the ops whose bytes and operations are counted, then measure all that this machine runs."""
+    """Predict every op from its bytes and operations, then measure all that this machine runs."""
     is_gpu = context.device.type == "cuda"
     chip = chip_named(device_name(context.device)) if is_gpu else H100
     predicted = [] if chip is None else [(work, least_seconds(work, chip)) for work in works()]
@@ -75,6 +81,34 @@ def works() -> Iterator[Work]:
         )  # fmt: skip
         written = 8 * layer.inputs * layer.outputs
         yield Work("clipped_linear_grad", layer.label, dtype, read + written, whole, unit, "2 T d p each")
+    yield from _works_on_rows()
+
+
+def _works_on_rows() -> Iterator[Work]:
+    for lora in bench_lora_per_sample_grads.GPU_SHAPES:
+        tokens = lora.num_adapters * lora.num_samples * lora.tokens
+        read = tokens * (lora.inputs + lora.outputs + 2 * lora.rank) * lora.dtype.itemsize
+        yield Work(
+            "lora_per_sample_grads", lora.label, str(lora.dtype).removeprefix("torch."),
+            read + 4 * lora.num_samples * lora.num_entries,
+            2 * tokens * lora.rank * (lora.inputs + lora.outputs),
+            "float32" if lora.dtype == torch.float32 else "tensor",
+            "inputs read once, gradients written once",
+        )  # fmt: skip
+    for table in bench_embedding_grad_norms.GPU_SHAPES:
+        entries = table.num_samples * table.tokens * table.features
+        yield Work(
+            "embedding_grad_norms", table.label, str(table.dtype).removeprefix("torch."),
+            entries * table.dtype.itemsize, 3 * entries, "float32", "one read",
+        )  # fmt: skip
+    for samples, tokens, features, dtype, model in bench_per_sample_sums.GPU_SHAPES:
+        entries = samples * tokens * features
+        yield Work(
+            "per_sample_sums", f"B={samples} T={tokens} d={features} ({model})",
+            str(dtype).removeprefix("torch."),
+            2 * entries * dtype.itemsize + 4 * samples * (tokens + features), 3 * entries, "float32",
+            "one read",
+        )  # fmt: skip
     for batch in bench_clip_and_accumulate.GPU_SHAPES:
         entries = batch.num_samples * sum(batch.sizes)
         yield Work(

@@ -48,7 +48,7 @@ step() {
     echo "${summary[-1]}"
 }
 
-# only files with GPU tests: others may import packages that are not here; the limits add up to 500 seconds
+# only files with GPU tests: others may import packages that are not here; the limits add up to 510 seconds
 mapfile -t gpu_tests < <(grep -rlE 'mark\.gpu|kernel_device' tests --include='test_*.py' | sort)
 step pytest_gpu 130 "$python" -m pytest -m gpu -q --durations=5 -o addopts="" --import-mode=importlib \
     -p no:cacheprovider --continue-on-collection-errors "${gpu_tests[@]}"
@@ -66,7 +66,7 @@ printf '%s\n' "${summary[@]}"
 tail -n 1 "$out/pytest_gpu.log"
 echo
 if [ -f "$out/results.jsonl" ]; then
-    "$python" -m benchmarks --show "$out/results.jsonl"
+    "$python" -m benchmarks --show "$out/results.jsonl" --plots "$out"
 else
     echo "no results"
 fi

@@ -23,6 +23,7 @@ _PHILOX_W1 = tl.constexpr(0xBB67AE85)
 _TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 _TWO_TO_MINUS_64 = tl.constexpr(2.0**-64)
 _TURN = tl.constexpr(6.283185307179586)
+_ALL_ONES = tl.constexpr(0xFFFFFFFF)  # `~` fails in the interpreter of triton 3.6
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 # 1 - sqrt(1/2): above it the logarithm is taken of the mantissa, below it of one minus the distance to one
 _FAR_FROM_ONE = tl.constexpr(0.2928932188134524)
@@ -128,7 +129,7 @@ def _fraction(low, high):
 @triton.jit
 def _log_of_fraction(low, high):
     # ln((word + 1) / 2^64): accurate near 1, where it is taken of the distance to 1, and far into the tail
-    distance = _fraction(~low, ~high)
+    distance = _fraction(low ^ _ALL_ONES, high ^ _ALL_ONES)
     near_one = distance < _FAR_FROM_ONE
     value = high.to(tl.float32) * _TWO_TO_MINUS_32 + (low.to(tl.float32) + 1.0) * _TWO_TO_MINUS_64
     bits = value.to(tl.uint32, bitcast=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
+from benchmarks import bench_kernels
 from benchmarks._harness import (
     Context,
     DoesNotFit,
@@ -21,6 +22,8 @@ from benchmarks._harness import (
     plain_result,
     time_paired,
 )
+from benchmarks._plots import draw
+from benchmarks._roofline import H100, least_seconds
 
 CONTEXT = Context(device=torch.device("cpu"), quick=True)
 SCHEMA = {
@@ -158,3 +161,56 @@ def test_plain_result_has_no_ratio():
 def test_benchmarks_of_the_ops_run(name, capsys):
     assert cli.main([name, "--quick", "--device", "cpu"]) == 0
     assert "ratio" in capsys.readouterr().out
+
+
+def line_of(work, seconds, device, metric="step_time"):
+    quantiles = dict.fromkeys(("q20", "q50", "q80"), seconds)
+    return Result(
+        work.op, metric, "s", seconds, None, None, None, quantiles, work.shape, work.dtype, device, {}, "", ""
+    )
+
+
+def test_every_op_has_predictions():
+    assert {work.op for work in bench_kernels.works()} == set(bench_kernels.OPS)
+
+
+def test_committed_plots_are_drawn_from_the_predictions(tmp_path):
+    files = draw(list(bench_kernels.works()), [], tmp_path)
+    assert [path.name for path in files] == [
+        "kernels_nvidia_h100_sxm_roofline.svg", "kernels_nvidia_h100_sxm_times.svg"
+    ]  # fmt: skip
+    for path in files:
+        text = path.read_text()
+        assert "predicted from the data sheet, nothing measured" in text
+        assert "(measured)" not in text
+        assert (cli.RESULTS / path.name).exists()
+    names = [f"{op} (predicted)" for op in bench_kernels.OPS]
+    assert all(name in files[0].read_text() for name in names)
+
+
+def test_plots_of_the_same_lines_are_the_same_bytes(tmp_path):
+    works = list(bench_kernels.works())[:3]
+    first, second = (draw(works, [], tmp_path / name) for name in "ab")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_measured_times_stand_beside_the_predictions(tmp_path):
+    works = list(bench_kernels.works())[:2]
+    lines = [
+        line_of(works[0], 5 * least_seconds(works[0], H100), "NVIDIA H100 80GB HBM3"),
+        line_of(works[1], 1.0, "some CPU"),
+    ]
+    roofline, times = (path.read_text() for path in draw(works, lines, tmp_path))
+    assert f"{works[0].op} (measured)" in roofline
+    assert f"{works[1].op} (measured)" not in roofline
+    assert "measured, median" in times
+
+
+def test_kernels_draw_into_the_folder_that_plots_names(only_benchmark, monkeypatch, tmp_path, capsys):
+    result = line_of(
+        next(bench_kernels.works()), 1.0, "NVIDIA H100 SXM (data sheet)", "least time (predicted)"
+    )
+    only_benchmark(lambda context: [result.__class__(**{**vars(result), "benchmark": "kernels"})])
+    assert cli.main(["demo", "--device", "cpu", "--quick", "--plots", str(tmp_path / "plots")]) == 0
+    assert len(list((tmp_path / "plots").glob("*.svg"))) == 2
+    assert "drawn: " in capsys.readouterr().out

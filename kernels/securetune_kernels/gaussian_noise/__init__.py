@@ -19,6 +19,9 @@ __all__ = [
     "philox_words_reference",
 ]
 
+# The package's name, which differs between an installation and each copy that the kernel hub loads: every
+# copy has its own ops.
+NAMESPACE = __name__.partition(".")[0]
 KEY_WORDS = 8
 MAX_ADDRESS = 2**48  # keeps two bits of the generator's counter for the summands
 LARGEST_STDDEV = 1e37  # 9.42 of them fit into float32
@@ -103,7 +106,7 @@ def gaussian_noise(
     return out
 
 
-@torch.library.custom_op("securetune::gaussian_noise", mutates_args={"out"})
+@torch.library.custom_op(f"{NAMESPACE}::gaussian_noise", mutates_args={"out"})
 def _launch(
     out: Tensor,
     key: Tensor,

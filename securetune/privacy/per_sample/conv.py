@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.gradients import TrainableParameter
-from securetune.privacy.per_sample.paths import Path, detached, recorded, sum_positions, without_frozen
+from securetune.privacy.per_sample.paths import Path, detached, record_sums, recorded, without_frozen
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -43,8 +43,7 @@ class ConvPath(Path):
             if weight is not None:
                 self._record_weight(weight, _windows(module, kept[0]), g)
             if bias is not None:
-                by_sample = self.engine.by_sample(g, self.name)
-                self.engine.record_rows(bias, sum_positions(by_sample, self.engine.compute_dtype), self.name)
+                record_sums(self, bias, g)
 
         # under autocast the layer computed with the output's dtype
         return recorded(self, y, record, *([] if weight is None else [x.to(y.dtype)]))
@@ -96,8 +95,7 @@ class ChannelNormPath(Path):
     def _record_sums(self, place: TrainableParameter, products: Tensor) -> None:
         """Record ``[N, C, ...]``, summed over everything but the samples and the channels."""
         channels = products.unsqueeze(2).flatten(2).sum(2)  # [N, C]
-        by_sample = self.engine.by_sample(channels, self.name)
-        self.engine.record_rows(place, sum_positions(by_sample, channels.dtype), self.name)
+        record_sums(self, place, channels)
 
 
 def conv_path(engine: "PerSampleGradients", name: str, module: nn.Module) -> Path | None:

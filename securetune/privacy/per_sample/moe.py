@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.functional import FunctionalPath
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d, by_expert
-from securetune.privacy.per_sample.paths import Path, detached, recorded, sum_positions, without_frozen
+from securetune.privacy.per_sample.paths import Path, detached, record_sums, recorded, without_frozen
+from securetune_kernels.numerics import full_precision
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -144,8 +145,10 @@ class ExpertsPath(Path):
         )  # [B, ., d], [B, S / B, p]
         expert = engine.by_sample(expert, self.name).reshape(len(g), -1)  # [B, S / B]
         if bias is not None:
-            rows = g.new_zeros(len(g), self._experts.num_experts, g.shape[2])
-            rows.scatter_add_(1, expert[:, :, None].expand_as(g), g)
+            # a product, which adds in a fixed order; scatter_add on a GPU does not
+            is_sent = functional.one_hot(expert, self._experts.num_experts).to(dtype)  # [B, S / B, E]
+            with full_precision():
+                rows = torch.bmm(is_sent.transpose(1, 2), g)
             engine.record_rows(bias, rows, self.name)
         if adapter is not None:
             self._record_adapter(adapter, x, g, expert)
@@ -206,8 +209,7 @@ class RouterPath(Path):
             if weight is not None:
                 self.engine.record_dense(weight, x, g, self.name)
             if bias is not None:
-                by_sample = self.engine.by_sample(g, self.name)
-                self.engine.record_rows(bias, sum_positions(by_sample, self.engine.compute_dtype), self.name)
+                record_sums(self, bias, g)
 
         return recorded(self, y, record, x.to(y.dtype))
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
-from securetune.privacy.per_sample.paths import Path, detached, recorded, without_frozen
+from securetune.privacy.per_sample.paths import Path, detached, record_sums, recorded, without_frozen
 from securetune_kernels import Normalized, per_sample_sums
 
 if TYPE_CHECKING:
@@ -29,13 +29,11 @@ class LayerNormPath(Path):
         y = functional.layer_norm(x, shape, detached(module.weight), detached(module.bias), module.eps)
 
         def record(g: Tensor, x: Tensor) -> None:
-            dtype = self.engine.compute_dtype
-            g, x = self.engine.by_sample(g, self.name).to(dtype), self.engine.by_sample(x, self.name)
             if weight is not None:
-                normalized = functional.layer_norm(x.to(dtype), shape, eps=module.eps)
-                self.engine.record_rows(weight, _sum_leading(g * normalized, len(shape)), self.name)
+                normalized = functional.layer_norm(x.to(self.engine.compute_dtype), shape, eps=module.eps)
+                record_sums(self, weight, normalized.mul_(g))
             if bias is not None:
-                self.engine.record_rows(bias, _sum_leading(g, len(shape)), self.name)
+                record_sums(self, bias, g)
 
         return recorded(self, y, record, x)
 
@@ -153,9 +151,3 @@ def _is_rms_norm(module: Any, eps: float) -> bool:
     return isinstance(actual, Tensor) and torch.allclose(
         actual.to(wide.dtype), expected.to(wide.dtype), rtol=tolerance, atol=0.0
     )
-
-
-def _sum_leading(products: Tensor, num_dims: int) -> Tensor:
-    """Sum ``[B, ..., *shape]`` over what lies between the batch and the last ``num_dims`` dimensions."""
-    flat = products.flatten(1, -num_dims - 1) if products.ndim > 1 + num_dims else products.unsqueeze(1)
-    return flat.sum(dim=1)

@@ -5,6 +5,7 @@ computes no summed weight gradient, and puts a recorder on the output: in the ba
 recorder sees the output's gradient and hands it, with the layer's input, to the engine.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,7 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from securetune.errors import PrivacyError
-from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
+from securetune.privacy.per_sample.gradients import TrainableParameter
 from securetune_kernels import per_sample_sums
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class DensePath(Path):
                 a, b = (g, x) if is_transposed else (x, g)
                 self.engine.record_dense(weight, a, b, self.name)
             if bias is not None:
-                self._record_bias(bias, g)
+                record_sums(self, bias, g)
 
         return recorded(self, y, record, kept)
 
@@ -148,12 +149,7 @@ class DensePath(Path):
         """Add the bias alone; ``y``: ``[B, ..., p]``."""
         bias = self.place(self.module.bias)
         y = y + self.module.bias.detach()
-        return y if bias is None else recorded(self, y, lambda g: self._record_bias(bias, g))
-
-    def _record_bias(self, bias: TrainableParameter, g: Tensor) -> None:
-        g = as_3d(self.engine.by_sample(g, self.name))
-        (rows,), is_added = self.engine.rows_to_write(bias)
-        per_sample_sums(g, rows, accumulate=is_added)
+        return y if bias is None else recorded(self, y, lambda g: record_sums(self, bias, g))
 
 
 class _Multiply(torch.autograd.Function):
@@ -360,9 +356,20 @@ def detached(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.detach()
 
 
-def sum_positions(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum ``[B, ..., p]`` over its positions: ``[B, p]``."""
-    return g.to(dtype) if g.ndim == 2 else g.flatten(1, -2).sum(dim=1, dtype=dtype)
+def record_sums(path: Path, place: TrainableParameter, products: Tensor) -> None:
+    """Record a parameter whose gradient is a sum over positions: a bias, or the scale of a norm layer.
+
+    Args:
+        path: Whose parameter it is.
+        place: The parameter's place.
+        products: ``[B, ..., *shape]``, or ``[B * T, ..., *shape]``: what each position adds.
+    """
+    engine = path.engine
+    products = engine.by_sample(products, path.name)
+    (rows,), is_added = engine.rows_to_write(place)
+    per_sample_sums(
+        products.reshape(len(products), -1, math.prod(place.shape)), rows.flatten(1), accumulate=is_added
+    )
 
 
 def without_frozen(places: Sequence[TrainableParameter | None]) -> list[TrainableParameter]:

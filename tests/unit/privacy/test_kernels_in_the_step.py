@@ -21,6 +21,7 @@ LAUNCHERS = {
     "embedding_grad_norms": ["embedding_grad_norms_triton", "tied_cross_products_triton"],
     "linear_grad_norms": ["linear_grad_norms_triton"],
     "lora_per_sample_grads": ["lora_per_sample_grads_triton"],
+    "per_sample_sums": ["per_sample_sums_triton"],
     "noisy_step": ["noisy_adamw_step_triton", "noisy_sgd_step_triton"],
 }
 ADAPTERS = {"lora_per_sample_grads_triton", "clip_and_accumulate_triton", "noisy_adamw_step_triton"}
@@ -29,6 +30,7 @@ IN_FULL = {
     "clipped_linear_grad_triton",
     "embedding_grad_norms_triton",
     "tied_cross_products_triton",
+    "per_sample_sums_triton",
     "noisy_adamw_step_triton",
 }
 

@@ -71,6 +71,21 @@ def test_adapters(on_triton):
     assert_as_autograd(random_parameters(model).to(on_triton), x, tolerance=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("layers", "size"),
+    [
+        ([nn.Linear(9, 12), nn.LayerNorm(12), nn.Linear(12, 5)], (4, 6, 9)),
+        ([nn.LayerNorm((6, 9)), nn.Linear(9, 5)], (4, 6, 9)),
+        ([nn.Conv1d(9, 8, 3), nn.GroupNorm(2, 8), nn.Conv1d(8, 5, 1)], (4, 9, 7)),
+    ],
+)
+def test_norm_layers_and_convolutions(layers, size, on_triton):
+    torch.manual_seed(0)
+    model = random_parameters(nn.Sequential(*copy.deepcopy(layers))).to(on_triton)
+    x = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(on_triton)
+    assert_as_autograd(model, x, tolerance=1e-5)
+
+
 # in bfloat16 the layers' own rounding is in the gradients, which the truth in float64 does not have
 def test_model_in_bfloat16(on_triton):
     torch.manual_seed(0)
