@@ -56,6 +56,11 @@ class CausalHead:
         self._transform = _logit_transform(self.causal.config)
         _check_against_model(self)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the output layer is."""
+        return self._output.weight.device
+
     def embed(self, batch: Batch) -> Tensor:
         """Look up the input embeddings, in the form that the decoder takes as ``inputs_embeds``.
 
