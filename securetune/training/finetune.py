@@ -193,7 +193,7 @@ def fine_tune(
             _charge_releases(ledger, [*_test_epsilons(recipe), recipe.publish.release_epsilon])
     trained = {place.name: strategy.whole(place) for place in grads.parameters}
     _refuse_unmoved(trained)
-    if strategy.is_sharded and strategy.is_first:
+    if not strategy.holds_whole and strategy.is_first:
         base = load_base(recipe.model)
         model = adapt(base.model, settings.lora, seed=recipe.seed)
         _put(model, trained)
@@ -307,7 +307,7 @@ def _early_stopping(
     settings = recipe.training.early_stopping
     if subject == "plain" or settings.method == "none":
         return None
-    if strategy.name not in ("single", "ddp"):
+    if not strategy.holds_whole:
         raise ConfigError(
             "training.early_stopping keeps a copy of the best weights, which are sharded under "
             f"{strategy.name}. Use ddp or one process, or set training.early_stopping.method to 'none'."

@@ -1,6 +1,7 @@
 """How the processes of a run share a model: alone, replicated (DDP) or sharded (FSDP2, DeepSpeed's ZeRO)."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from securetune.config.launch import StrategyName, read_launch
+from securetune.config.launch import Launch, StrategyName, read_launch
 from securetune.config.schema import Recipe
 from securetune.errors import ConfigError, MachineError
-from securetune.privacy.distributed import DataParallel, FullySharded, Processes
+from securetune.privacy.distributed import DataParallel, FullySharded, Processes, Zero
 from securetune.privacy.distributed.collectives import DEFAULT_TIMEOUT
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.per_sample.gradients import TrainableParameter
@@ -60,7 +61,7 @@ class Strategy:
     Args:
         name: How the model is shared.
         processes: Those of the run; None for one process.
-        engine_options: What DeepSpeed's configuration adds (offloading, bf16), for ZeRO.
+        launch: What the launcher asked for; offloading and bf16 are read for ZeRO.
 
     Raises:
         ConfigError: If the name does not fit the processes.
@@ -71,7 +72,7 @@ class Strategy:
         name: StrategyName = "single",
         processes: Processes | None = None,
         *,
-        engine_options: dict[str, Any] | None = None,
+        launch: Launch | None = None,
     ) -> None:
         if (processes is None) != (name == "single"):
             raise ConfigError(
@@ -79,7 +80,7 @@ class Strategy:
             )
         self.name: StrategyName = name
         self.processes = processes
-        self.engine_options = engine_options or {}
+        self._launch = launch or Launch(name)
 
     @property
     def is_first(self) -> bool:
@@ -87,9 +88,9 @@ class Strategy:
         return self.processes is None or self.processes.rank == 0
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether no process holds all of the trainable parameters, so that all run each pass together."""
-        return self.name in ("fsdp2", "zero3")
+    def holds_whole(self) -> bool:
+        """Whether the model on each process is whole, and the one that the optimizer updates."""
+        return self.name in ("single", "ddp")
 
     @contextlib.contextmanager
     def open_run(self, recipe: Recipe, *, resume: bool) -> Iterator[RunFolder]:
@@ -181,7 +182,7 @@ class Strategy:
             return Prepared(grads, optimizer, DataParallel(self.processes), call)
         if self.name == "fsdp2":
             return self._prepare_fsdp2(model, make_optimizer)
-        raise ConfigError(f"strategy {self.name!r} is not supported yet. Use ddp or fsdp2.")
+        return self._prepare_zero(model, make_optimizer)
 
     def _prepare_fsdp2(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Prepared:
         from torch.distributed.fsdp import fully_shard
@@ -196,6 +197,38 @@ class Strategy:
         optimizer = make_optimizer([place.parameter for place in grads.parameters])
         return Prepared(grads, optimizer, FullySharded(self.processes, grads.parameters), root)
 
+    def _prepare_zero(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Prepared:
+        assert self.processes is not None
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise MachineError(
+                f"strategy {self.name} needs DeepSpeed, which is not installed. Install it after torch with "
+                "pip install --no-build-isolation 'securetune[deepspeed]', or launch with ddp.yaml or "
+                "fsdp2.yaml."
+            ) from error
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        config = {
+            "train_micro_batch_size_per_gpu": 1,  # unused: batches are made here
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": self._launch.mixed_precision == "bf16"},
+            "zero_optimization": {"stage": int(self.name[-1]), **_offloading(self._launch)},
+        }
+        engine: Any
+        engine, *_ = deepspeed.initialize(
+            model=Root(model),
+            optimizer=make_optimizer(trainable),
+            config=config,
+            dist_init_required=False,
+        )
+        grads = PerSampleGradients(model)
+        return Prepared(grads, engine.optimizer, Zero(self.processes, engine, grads), engine)
+
     def whole(self, place: TrainableParameter) -> Tensor:
         """Put a trainable parameter together; all processes call it.
 
@@ -207,6 +240,12 @@ class Strategy:
         """
         from torch.distributed.tensor import DTensor
 
+        if self.name.startswith("zero"):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            found = safe_get_full_fp32_param(place.parameter)
+            assert found is not None, f"DeepSpeed does not train {place.name}"
+            return found.detach().cpu().view(place.shape)
         value = place.parameter.detach()
         return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
 
@@ -233,7 +272,16 @@ def start_strategy(recipe: Recipe) -> Strategy:
         torch.cuda.set_device(launch.local_rank)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
-    return Strategy(launch.strategy, Processes())
+    return Strategy(launch.strategy, Processes(), launch=launch)
+
+
+def _offloading(launch: Launch) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if launch.offload_optimizer:
+        options["offload_optimizer"] = {"device": "cpu"}
+    if launch.offload_parameters:
+        options["offload_param"] = {"device": "cpu"}
+    return options
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:

@@ -9,8 +9,9 @@ from tests.distributed.launching import torchrun
 from tests.distributed.trainer_worker import train
 from tests.unit.training.tiny_head import make_examples
 
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 KINDS = ("adversarial", "few", "adaptive", "per_layer")
-CASES = [f"{name}-{kind}-{tokens}" for name in ("ddp", "fsdp2") for kind in KINDS for tokens in (40, 1000)]
+CASES = [f"{name}-{kind}-{tokens}" for name in STRATEGIES for kind in KINDS for tokens in (40, 1000)]
 
 
 @pytest.fixture(scope="module")
