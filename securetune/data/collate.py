@@ -47,6 +47,26 @@ class Batch:
             unit_ids=self.unit_ids,
         )
 
+    def select(self, rows: Tensor) -> "Batch":
+        """Take some rows, as long as the longest of them.
+
+        Args:
+            rows: ``[A]``, int64: their numbers, at least one.
+
+        Returns:
+            A batch of ``A`` examples.
+        """
+        rows = rows.to(self.lengths.device)
+        longest = int(self.lengths[rows].max())
+        return Batch(
+            input_ids=self.input_ids[rows, :longest],
+            lengths=self.lengths[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            attack_mask=self.attack_mask[rows, :longest],
+            supervised=self.supervised[rows, :longest],
+            unit_ids=tuple(self.unit_ids[row] for row in rows.tolist()),
+        )
+
 
 def collate(examples: Sequence[Example], *, pad_id: int = 0) -> Batch:
     """Pad examples on the right to the length of the longest.

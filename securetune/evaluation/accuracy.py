@@ -1,6 +1,6 @@
 """Clean accuracy: one forward pass over the held-out texts, kept per text for everything that follows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,10 @@ from torch.nn import functional as F
 
 from securetune.adversarial.embedding import attack_mode
 from securetune.adversarial.margins import label_margins
-from securetune.data.collate import Batch, collate, length_buckets
+from securetune.data.collate import Batch
 from securetune.data.encode import Example
+from securetune.evaluation.batches import Progress, for_each_batch
 from securetune.models.task import ClassifyHead
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage, the number of texts done and the number of texts in the stage."""
 
 
 @dataclass(frozen=True)
@@ -64,34 +62,16 @@ def score_labels(
         ValueError: If an example has no label.
     """
     margins, losses = np.empty(len(examples)), np.empty(len(examples))
-    with attack_mode(head.model), torch.inference_mode():
-        for rows, batch in batches(examples, batch_tokens, stage=stage, progress=progress):
-            if batch.labels is None:
-                raise ValueError("accuracy needs labelled examples, got some without a label.")
-            logits = head.logits(head.embed(batch), batch)
-            labels = batch.labels.to(logits.device)
-            margins[rows] = label_margins(logits, labels).double().cpu().numpy()
-            losses[rows] = F.cross_entropy(logits, labels, reduction="none").double().cpu().numpy()
+
+    @torch.inference_mode()
+    def score(rows: list[int], batch: Batch) -> None:
+        if batch.labels is None:
+            raise ValueError("accuracy needs labelled examples, got some without a label.")
+        logits = head.logits(head.embed(batch), batch)
+        labels = batch.labels.to(logits.device)
+        margins[rows] = label_margins(logits, labels).double().cpu().numpy()
+        losses[rows] = F.cross_entropy(logits, labels, reduction="none").double().cpu().numpy()
+
+    with attack_mode(head.model):
+        for_each_batch(score, examples, batch_tokens, device=head.device, stage=stage, progress=progress)
     return LabelScores(margins, losses)
-
-
-def batches(
-    examples: Sequence[Example], batch_tokens: int, *, stage: str = "", progress: Progress | None = None
-) -> Iterator[tuple[list[int], Batch]]:
-    """Yield batches of similar length and report progress after each.
-
-    Args:
-        examples: What to batch.
-        batch_tokens: Most tokens of a batch, padding included, > 0.
-        stage: Name for ``progress``.
-        progress: See ``Progress``.
-
-    Yields:
-        The positions of a batch's rows in ``examples``, and the batch.
-    """
-    done = 0
-    for rows in length_buckets(examples, batch_tokens):
-        yield rows, collate([examples[row] for row in rows])
-        done += len(rows)
-        if progress is not None:
-            progress(stage, done, len(examples))

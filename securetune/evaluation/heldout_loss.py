@@ -8,8 +8,9 @@ import torch
 from numpy.typing import NDArray
 
 from securetune.adversarial.embedding import attack_mode
+from securetune.data.collate import Batch
 from securetune.data.encode import Example
-from securetune.evaluation.accuracy import Progress, batches
+from securetune.evaluation.batches import Progress, for_each_batch
 from securetune.evaluation.statistics import Estimate, ratio
 from securetune.models.task import GenerateHead
 
@@ -51,10 +52,14 @@ def score_texts(
         Losses and token counts, in the order of ``examples``.
     """
     losses, num_tokens = np.empty(len(examples)), np.empty(len(examples), dtype=np.int64)
-    with attack_mode(head.model), torch.inference_mode():
-        for rows, batch in batches(examples, batch_tokens, stage=stage, progress=progress):
-            losses[rows] = head.losses(head.embed(batch), batch).double().cpu().numpy()
-            num_tokens[rows] = head.num_supervised(batch).cpu().numpy()
+
+    @torch.inference_mode()
+    def score(rows: list[int], batch: Batch) -> None:
+        losses[rows] = head.losses(head.embed(batch), batch).double().cpu().numpy()
+        num_tokens[rows] = head.num_supervised(batch).cpu().numpy()
+
+    with attack_mode(head.model):
+        for_each_batch(score, examples, batch_tokens, device=head.device, stage=stage, progress=progress)
     return TextLosses(losses, num_tokens)
 
 

@@ -16,7 +16,7 @@ from securetune.adversarial.embedding import Norm, attack_mode, perturb_until, s
 from securetune.adversarial.margins import label_margins
 from securetune.data.collate import Batch
 from securetune.data.encode import Example, encode_texts
-from securetune.evaluation.accuracy import Progress, batches
+from securetune.evaluation.batches import Progress, for_each_batch
 from securetune.models.task import ClassifyHead
 
 if TYPE_CHECKING:
@@ -82,39 +82,52 @@ def attack_embeddings(
     """
     outcomes: dict[float, AttackOutcome] = {}
     survivors = [row for row, correct in enumerate(is_correct) if correct]
-    for number, radius in enumerate(sorted(radii)):
-        attacked = [examples[row] for row in survivors]
-        is_robust, errors, queries = [False] * len(attacked), 0, 0
-        done = number * len(examples) + len(examples) - len(attacked)
-        for rows, batch in batches(attacked, max(1, batch_tokens // _GRADIENT_SHARE)):
-            with attack_mode(head.model):
-                victim = _Victim(head, batch)
-                loss = perturb_until(
-                    victim.losses,
-                    victim.embeds,
-                    victim.attack_mask,
-                    threshold=0.0,
-                    norm=norm,
-                    radius=radius,
-                    steps=steps,
-                    step_size=step_size,
-                    random_start=sample_seeds(batch.unit_ids, seed=seed, step=number),
-                ).best_loss
+    done, total = 0, len(radii) * len(examples)
+
+    def report(stage: str, count: int, attacked: int) -> None:
+        if progress is not None:
+            progress(stage, done + len(examples) - attacked + count, total)
+
+    def attack(number: int, radius: float) -> AttackOutcome:
+        attacked, victims = list(survivors), list[_Victim]()
+        is_robust = [False] * len(examples)
+
+        def attack_batch(rows: list[int], batch: Batch) -> None:
+            victim = _Victim(head, batch)
+            victims.append(victim)
+            loss = perturb_until(
+                victim.losses,
+                victim.embeds,
+                victim.attack_mask,
+                threshold=0.0,
+                norm=norm,
+                radius=radius,
+                steps=steps,
+                step_size=step_size,
+                random_start=sample_seeds(batch.unit_ids, seed=seed, step=number),
+            ).best_loss
             stands = (loss < 0) & ~victim.is_error
             for row, robust in zip(rows, stands.tolist(), strict=True):
-                is_robust[row] = robust
-            errors += int(victim.is_error.sum())
-            queries += victim.queries
-            done += len(rows)
-            if progress is not None:
-                progress("embedding attack", done, len(radii) * len(examples))
-        survivors = [row for row, robust in zip(survivors, is_robust, strict=True) if robust]
-        standing = set(survivors)
-        outcomes[radius] = AttackOutcome(
-            [row in standing for row in range(len(examples))], errors, queries / max(1, len(attacked))
-        )
-        if progress is not None:
-            progress("embedding attack", (number + 1) * len(examples), len(radii) * len(examples))
+                is_robust[attacked[row]] = robust
+
+        with attack_mode(head.model):
+            for_each_batch(
+                attack_batch,
+                [examples[row] for row in attacked],
+                max(1, batch_tokens // _GRADIENT_SHARE),
+                device=head.device,
+                stage="embedding attack",
+                progress=report,
+            )
+        errors = sum(int(victim.is_error.sum()) for victim in victims)
+        queries = sum(victim.queries for victim in victims)
+        return AttackOutcome(is_robust, errors, queries / max(1, len(attacked)))
+
+    for number, radius in enumerate(sorted(radii)):
+        outcomes[radius] = attack(number, radius)
+        survivors = [row for row in survivors if outcomes[radius].is_robust[row]]
+        done += len(examples)
+        report("embedding attack", 0, len(examples))
     return [outcomes[radius] for radius in radii]
 
 
@@ -144,24 +157,28 @@ def add_noise(
     Returns:
         The outcome.
     """
-    is_robust, errors = [False] * len(examples), 0
+    is_robust, victims = [False] * len(examples), list[_Victim]()
     tested = [row for row, correct in enumerate(is_correct) if correct]
-    with attack_mode(head.model), torch.no_grad():
-        for rows, batch in batches([examples[row] for row in tested], batch_tokens):
-            victim = _Victim(head, batch)
-            noise = surface_noise(
-                sample_seeds(batch.unit_ids, seed=seed, step=-1),
-                victim.attack_mask,
-                victim.embeds.shape[-1],
-                norm=norm,
-                radius=radius,
-            )
-            everyone = torch.arange(len(rows), device=noise.device)
-            loss = victim.losses(victim.embeds + noise.to(victim.embeds.dtype), everyone)
-            errors += int(victim.is_error.sum())
-            for row, robust in zip(rows, (loss < 0).tolist(), strict=True):
-                is_robust[tested[row]] = robust
-    return AttackOutcome(is_robust, errors, 1.0)
+
+    @torch.no_grad()
+    def perturb(rows: list[int], batch: Batch) -> None:
+        victim = _Victim(head, batch)
+        victims.append(victim)
+        noise = surface_noise(
+            sample_seeds(batch.unit_ids, seed=seed, step=-1),
+            victim.attack_mask,
+            victim.embeds.shape[-1],
+            norm=norm,
+            radius=radius,
+        )
+        everyone = torch.arange(len(rows), device=noise.device)
+        loss = victim.losses(victim.embeds + noise.to(victim.embeds.dtype), everyone)
+        for row, robust in zip(rows, (loss < 0).tolist(), strict=True):
+            is_robust[tested[row]] = robust
+
+    with attack_mode(head.model):
+        for_each_batch(perturb, [examples[row] for row in tested], batch_tokens, device=head.device)
+    return AttackOutcome(is_robust, sum(int(victim.is_error.sum()) for victim in victims), 1.0)
 
 
 def attack_characters(
@@ -235,9 +252,13 @@ def text_predictor(
             texts, tokenizer, prompt=prompt, max_length=2 * max_length, on_overlong="truncate"
         )
         scores = torch.empty(len(texts), len(head.label_words))
-        with attack_mode(head.model), torch.inference_mode():
-            for rows, batch in batches(examples, batch_tokens):
-                scores[rows] = head.logits(head.embed(batch), batch).float().cpu()
+
+        @torch.inference_mode()
+        def score(rows: list[int], batch: Batch) -> None:
+            scores[rows] = head.logits(head.embed(batch), batch).float().cpu()
+
+        with attack_mode(head.model):
+            for_each_batch(score, examples, batch_tokens, device=head.device)
         return scores
 
     return predict

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from securetune.adversarial.embedding import Norm, mean_embedding_norm
 from securetune.config.schema import EvaluationConfig
 from securetune.data.encode import Example
-from securetune.evaluation.accuracy import Progress, score_labels
+from securetune.evaluation.accuracy import score_labels
+from securetune.evaluation.batches import Progress
 from securetune.evaluation.heldout_loss import score_texts
 from securetune.evaluation.membership import blind_baseline
 from securetune.evaluation.results import AttackRecord, ModelEvaluation, Params

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from securetune.privacy.per_sample.frozen import frozen_linear
+
 # Logits are made in blocks of so many words and rows. On a CPU a block is 8 MiB in float32 and stays in the
 # cache between the two products that need it; a GPU needs larger products to fill the chip.
 _BLOCK_WORDS = 4096
@@ -114,7 +116,6 @@ def _sweep_vocabulary(
 ) -> _Swept:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     rows, words = len(hidden), len(weight)
-    buffer = hidden.new_empty(rows * min(words, _BLOCK_WORDS))
     largest = hidden.new_full((rows, 1), torch.finfo(dtype).min, dtype=dtype)
     total = hidden.new_zeros(rows, 1, dtype=dtype)
     target_logits = hidden.new_zeros(rows, 1, dtype=dtype)
@@ -122,7 +123,7 @@ def _sweep_vocabulary(
     for start in range(0, words, _BLOCK_WORDS):
         block = weight[start : start + _BLOCK_WORDS]
         size = len(block)
-        logits = torch.mm(hidden, block.t(), out=buffer[: rows * size].view(rows, size)).to(dtype)
+        logits = frozen_linear(hidden, block).to(dtype)
         if bias is not None:
             logits += bias[start : start + size]
         place = wanted - start
@@ -134,7 +135,7 @@ def _sweep_vocabulary(
         exponentials = logits.sub_(largest).exp_()
         total = total.mul_(shrink).add_(exponentials.sum(dim=1, keepdim=True))
         if needs_grad and dtype == hidden.dtype:
-            expected.mul_(shrink).addmm_(exponentials, block)
+            expected.mul_(shrink).add_(frozen_linear(exponentials, block.t()))
         elif needs_grad:
             expected.mul_(shrink).add_(exponentials.to(hidden.dtype) @ block)
     expected.div_(total)

@@ -74,6 +74,11 @@ class CausalHead:
         finally:
             self._autocast = autocast
 
+    @property
+    def device(self) -> torch.device:
+        """Where the output layer is."""
+        return self._output.weight.device
+
     def embed(self, batch: Batch) -> Tensor:
         """Look up the input embeddings, in the form that the decoder takes as ``inputs_embeds``.
 

@@ -15,6 +15,7 @@ from securetune.config.schema import AdversarialConfig, Recipe
 from securetune.data.collate import Batch, collate, length_buckets
 from securetune.data.encode import Example
 from securetune.errors import MachineError
+from securetune.models.concurrent import num_at_once, run_at_once
 from securetune.models.task import ClassifyHead, GenerateHead
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.step import OrdinaryStep, PrivateStep
@@ -79,19 +80,34 @@ class Adversary:
         Returns:
             ``[B, T, D]``, same dtype. Their gradient is that of ``embeds``: the perturbation is a constant.
         """
-        config = self._config
+        clean = embeds.detach()
+        delta = torch.zeros_like(clean)
+        # a model that is shared out among processes runs in their common order
+        at_once = num_at_once(embeds.device) if self.within is call else 1
+        parts = torch.arange(len(embeds)).tensor_split(at_once)
+
+        def attack(rows: Tensor) -> None:
+            part = batch.select(rows)
+            longest = part.input_ids.shape[1]
+            delta[rows, :longest] = self._delta(clean[rows, :longest], part, step)
+
         with attack_mode(self._head.model):
-            result = perturb(
-                lambda perturbed: self.within(self._head.losses, perturbed, batch),
-                embeds.detach(),
-                batch.attack_mask.to(embeds.device),
-                norm=config.norm,
-                radius=config.radius * self._unit,
-                steps=config.steps,
-                step_size=None if config.step_size is None else config.step_size * self._unit,
-                random_start=sample_seeds(batch.unit_ids, seed=self._seed, step=step),
-            )
-        return embeds + result.delta
+            for _ in run_at_once(attack, [rows for rows in parts if len(rows)], at_once):
+                pass
+        return embeds + delta
+
+    def _delta(self, embeds: Tensor, batch: Batch, step: int) -> Tensor:
+        config = self._config
+        return perturb(
+            lambda perturbed: self.within(self._head.losses, perturbed, batch),
+            embeds,
+            batch.attack_mask.to(embeds.device),
+            norm=config.norm,
+            radius=config.radius * self._unit,
+            steps=config.steps,
+            step_size=None if config.step_size is None else config.step_size * self._unit,
+            random_start=sample_seeds(batch.unit_ids, seed=self._seed, step=step),
+        ).delta
 
 
 class Trainer:

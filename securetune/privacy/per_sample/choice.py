@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.conv import conv_path
 from securetune.privacy.per_sample.disentangled import disentangled_path, table_path
+from securetune.privacy.per_sample.frozen import frozen_linear_path
 from securetune.privacy.per_sample.functional import FunctionalPath, PromptPath, position_bias_path
 from securetune.privacy.per_sample.lora import LoraPath, is_plain_lora
 from securetune.privacy.per_sample.moe import AdaptedRouterPath, ExpertsPath, routed_path
@@ -84,6 +85,10 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
         fast_norm = None if "forward" in module.__dict__ else norm_path(engine, name, module)
         if fast_norm is not None:
             paths.append(fast_norm)
+            continue
+        frozen = frozen_linear_path(engine, name, module)
+        if frozen is not None:
+            paths.append(frozen)
             continue
         is_whole = _is_adapter_with_parameters(module) or _convolves_itself(module)
         if not is_whole and _all_owned_below(module):

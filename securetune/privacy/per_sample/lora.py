@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from securetune.errors import PrivacyError
+from securetune.privacy.per_sample.frozen import FrozenLinearPath, frozen_linear
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
 from securetune.privacy.per_sample.paths import Path
 from securetune_kernels import Adapter, lora_per_sample_grads
@@ -78,8 +78,7 @@ class LoraPath(Path):
             return self._original(x, *args, **kwargs)
         layer, base = self.layer, self.module.base_layer
         dropped = layer.dropout(x)
-        is_plain = type(base) is nn.Linear and "forward" not in base.__dict__
-        if is_plain and dropped is x and not torch.is_autocast_enabled(x.device.type):
+        if _is_plain(base) and dropped is x and not torch.is_autocast_enabled(x.device.type):
             return _LinearWithAdapter.apply(x, layer.a, layer.b, base.weight, base.bias, self)
         return _AddAdapter.apply(base(x, *args, **kwargs), dropped, layer.a, layer.b, self)
 
@@ -108,7 +107,7 @@ class _LinearWithAdapter(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, path: LoraPath
     ) -> Tensor:
-        y = functional.linear(x, weight, bias)
+        y = frozen_linear(x, weight, bias)
         a, b = a.to(y.dtype), b.to(y.dtype)
         h = x.reshape(-1, x.shape[-1]) @ a.t()  # [B T, r]
         y.view(-1, y.shape[-1]).addmm_(h, b.t(), alpha=path.layer.scaling)
@@ -125,7 +124,7 @@ class _LinearWithAdapter(torch.autograd.Function):
         ctx.path.record(x, h, g, g_low)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (g2 @ weight).addmm_(g_low, a).view(x.shape)
+            dx = frozen_linear(g2, weight.t()).addmm_(g_low, a).view(x.shape)
         return dx, None, None, None, None, None
 
 
@@ -148,6 +147,13 @@ class _AddAdapter(torch.autograd.Function):
         ctx.path.record(x, h, g, g_low)
         dx = (g_low @ a).view(x.shape).to(x.dtype) if ctx.needs_input_grad[1] else None
         return g, dx, None, None, None
+
+
+def _is_plain(base: nn.Module) -> bool:
+    own = base.__dict__.get("forward")
+    return type(base) is nn.Linear and (
+        own is None or isinstance(getattr(own, "__self__", None), FrozenLinearPath)
+    )
 
 
 def _times_narrow(g: Tensor, b: Tensor) -> Tensor:

@@ -30,6 +30,15 @@ def test_examples_without_labels_give_none():
     assert collate([example(2)]).labels is None
 
 
+def test_selected_rows_are_as_long_as_the_longest_of_them():
+    batch = collate([example(3, label=1), example(5, label=0), example(2, label=1)])
+    chosen = batch.select(torch.tensor([2, 0]))
+    alone = collate([example(2, label=1), example(3, label=1)])
+    for field in dataclasses.fields(alone):
+        actual, expected = getattr(chosen, field.name), getattr(alone, field.name)
+        assert torch.equal(actual, expected) if isinstance(expected, torch.Tensor) else actual == expected
+
+
 def test_no_example_and_mixed_labels_are_refused():
     with pytest.raises(ValueError, match="at least one example"):
         collate([])

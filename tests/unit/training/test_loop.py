@@ -54,6 +54,25 @@ def test_perturbation_stays_in_its_ball_and_off_the_template():
     assert (norms > 0.5 * radius).any()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_parts_attacked_at_once_are_perturbed_as_alone(rows):
+    head = make_head()
+    batch = collate(make_examples(rows))
+    embeds = head.embed(batch)
+    adversary = Adversary(head, AdversarialConfig(method="pgd", radius=0.1, steps=2), seed=1)
+    num_threads = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(adversary.perturb(embeds, batch, step=1))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(num_threads)
+    torch.testing.assert_close(*results)
+    assert all(p.requires_grad == ("lora_" in n) for n, p in head.model.named_parameters())
+
+
 def test_attack_raises_the_loss_and_touches_no_gradient():
     head = make_head()
     batch = collate(make_examples(4))
