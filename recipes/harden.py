@@ -65,9 +65,9 @@ def harden(recipe: Recipe, run: RunFolder, strategy: Strategy) -> None:
         del base
 
     log = None if trackers is None else trackers.log
-    with run.stage("plain fine-tune"):
+    with run.stage("plain fine-tune"), strategy.guard():
         fine_tune("plain", recipe, run, access, data, plan, log=log, strategy=strategy)
-    with run.stage("hardened training"):
+    with run.stage("hardened training"), strategy.guard():
         fine_tune("hardened", recipe, run, access, data, plan, log=log, strategy=strategy)
     strategy.finish()
     if trackers is None:

@@ -49,7 +49,7 @@ def init(
 
 
 def ls() -> None:
-    """List the recipes and configs that come with securetune."""
+    """List the recipes, configs and launch files that come with securetune."""
     from securetune.config.packaged import packaged_files
 
     files = packaged_files()
@@ -63,7 +63,7 @@ def cp(
     destination: Annotated[Path | None, typer.Argument(help="File or folder; default: here.")] = None,
     force: Force = False,
 ) -> None:
-    """Copy a recipe or config, to make it yours."""
+    """Copy a recipe, config or launch file, to make it yours."""
     from securetune.config.packaged import find_packaged
 
     source = find_packaged(name).path

@@ -41,11 +41,31 @@ def validate(
         console().print(line)
 
 
-def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes", min=1, help="Show the memory of each of so many processes; default: GPUs here."
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option("--memory", min=0.1, help="GiB that each process has; default: as on this machine."),
+    ] = None,
+) -> None:
     """Show noise, privacy budget, time and memory of a run before anything is spent."""
     from securetune.training.plan import make_plan
 
-    made = make_plan(load(config, overrides))
+    if processes is None and _num_gpus() > 1:
+        processes = _num_gpus()
+    made = make_plan(
+        load(config, overrides),
+        num_processes=processes,
+        memory_bytes=None if memory is None else int(memory * 2**30),
+    )
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=2))
     else:
@@ -62,7 +82,7 @@ def train(config: Config, overrides: Overrides = None, resume: Resume = False) -
     command = launch_command(
         recipes_folder() / "harden.py",
         recipe_arguments(path, overrides or (), resume=resume),
-        use_cpu=recipe.model.device == "cpu" or not _has_gpu(),
+        use_cpu=recipe.model.device == "cpu" or not _num_gpus(),
     )
     sys.exit(_run_to_the_end(command))
 
@@ -110,7 +130,7 @@ def _run_to_the_end(command: list[str]) -> int:
         signal.signal(signal.SIGINT, previous)
 
 
-def _has_gpu() -> bool:
+def _num_gpus() -> int:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""The recipes and configs that come with securetune: in the checkout, or inside the installed wheel."""
+"""The recipes, configs and launch files that come with securetune: in the checkout, or in the wheel."""
 
 import difflib
 from pathlib import Path
@@ -7,18 +7,18 @@ from typing import NamedTuple
 import securetune
 from securetune.errors import ConfigError, MachineError
 
-_ENDINGS = {".py": "recipe", ".yaml": "config", ".yml": "config"}
+_KINDS = {"recipe": "*.py", "config": "configs/**/*.y*ml", "launch": "accelerate/*.yaml"}
 
 
 class PackagedFile(NamedTuple):
-    """A recipe or config that comes with securetune."""
+    """A recipe, config or launch file that comes with securetune."""
 
     name: str
-    """What the user types, such as ``quickstart`` or ``harden.py``."""
+    """What the user types, such as ``quickstart``, ``harden.py`` or ``accelerate/ddp``."""
     path: Path
     """Where the file lies."""
     kind: str
-    """``"recipe"`` (Python) or ``"config"`` (YAML)."""
+    """``"recipe"`` (Python), ``"config"`` (YAML) or ``"launch"`` (YAML for accelerate)."""
     summary: str
     """Its first line of documentation."""
 
@@ -46,24 +46,23 @@ def packaged_files() -> list[PackagedFile]:
     """List what comes with securetune.
 
     Returns:
-        Recipes first, then configs, each group by name.
+        Recipes first, then configs, then launch files, each group by name.
     """
     folder = recipes_folder()
     found = []
-    for path in sorted([*folder.glob("*.py"), *folder.glob("configs/**/*.y*ml")]):
-        kind = _ENDINGS[path.suffix]
-        name = (
-            path.name if kind == "recipe" else path.relative_to(folder / "configs").with_suffix("").as_posix()
-        )
-        found.append(PackagedFile(name, path, kind, _summary(path)))
-    return sorted(found, key=lambda file: (file.kind != "recipe", file.name))
+    for kind, pattern in _KINDS.items():
+        for path in sorted(folder.glob(pattern)):
+            place = path.relative_to(folder)
+            name = place.as_posix() if kind == "recipe" else place.with_suffix("").as_posix()
+            found.append(PackagedFile(name.removeprefix("configs/"), path, kind, _summary(path)))
+    return found
 
 
 def find_packaged(name: str) -> PackagedFile:
-    """Find a recipe or config by the name ``securetune ls`` shows.
+    """Find a recipe, config or launch file by the name ``securetune ls`` shows.
 
     Args:
-        name: The name; the ending of a config may be left out or given.
+        name: The name; the ending of a YAML file may be left out or given.
 
     Returns:
         The file.
@@ -78,7 +77,7 @@ def find_packaged(name: str) -> PackagedFile:
     names = [file.name for file in files]
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(names)}."
-    raise ConfigError(f"no recipe or config named '{name}' comes with securetune. {hint}")
+    raise ConfigError(f"no recipe, config or launch file named '{name}' comes with securetune. {hint}")
 
 
 def find_config(name_or_path: str) -> Path:
@@ -102,6 +101,28 @@ def find_config(name_or_path: str) -> Path:
     if found.kind != "config":
         raise ConfigError(f"{name_or_path} is not a config. 'securetune ls' lists the configs.")
     return found.path
+
+
+def find_launch_file(name_or_path: str) -> Path:
+    """Find a configuration of ``accelerate launch``: a file, or one that comes with securetune.
+
+    Args:
+        name_or_path: A path, or a name such as ``accelerate/ddp``, or ``ddp`` for short.
+
+    Returns:
+        The path of a YAML or JSON file.
+
+    Raises:
+        ConfigError: If there is neither such a file nor such a name.
+    """
+    if Path(name_or_path).is_file():
+        return Path(name_or_path)
+    files = {file.name: file.path for file in packaged_files() if file.kind == "launch"}
+    if found := files.get(name_or_path) or files.get(f"accelerate/{name_or_path}"):
+        return found
+    raise ConfigError(
+        f"{name_or_path}: no such file, and no launch file that comes with securetune: {', '.join(files)}."
+    )
 
 
 def _summary(path: Path) -> str:

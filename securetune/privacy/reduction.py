@@ -14,7 +14,7 @@ from itertools import product
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from securetune.errors import PrivacyError
 from securetune.privacy.noise import Noise
@@ -116,6 +116,15 @@ class Reduction(Protocol):
         """
         ...
 
+    def update(self, grads: PerSampleGradients, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer use the gradients that it was given, and forget them.
+
+        Args:
+            grads: Owner of the parameters.
+            optimizer: Who updates.
+        """
+        ...
+
     def add_counts(self, counts: Tensor) -> None:
         """Add up small integers over all processes, in place.
 
@@ -183,26 +192,49 @@ class SingleProcess:
             part = place.parameter.grad.view(-1)[start - place.start : stop - place.start]
             part.copy_(shard[start - layer.start : stop - layer.start])
 
+    def update(self, grads: PerSampleGradients, optimizer: torch.optim.Optimizer) -> None:
+        """Step, and drop every ``.grad``."""
+        parameters, flat = grads.owned_by_optimizer
+        optimizer.step()
+        for parameter in [*parameters, *([] if flat is None else [flat])]:
+            parameter.grad = None
+
     def add_counts(self, counts: Tensor) -> None:
         """Do nothing: they are all there are."""
 
     def refuse_other_parameters(self, grads: PerSampleGradients, optimizer: torch.optim.Optimizer) -> None:
         """Refuse an optimizer that owns other parameters than the trainable ones, or than the flat one."""
         owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        parameters, flat = grads.owned_by_optimizer
+        _, flat = grads.owned_by_optimizer
         if len(owned) == 1 and owned[0] is flat:
             return
-        expected = {id(parameter) for parameter in parameters}
-        found = {id(parameter) for parameter in owned if parameter.requires_grad}
-        missing = [place.name for place in grads.parameters if id(place.parameter) not in found]
-        unknown = len(found - expected)
-        if missing or unknown:
-            raise PrivacyError(
-                f"the optimizer must own exactly the trainable parameters: {len(missing)} are missing"
-                f"{f' ({missing[0]}, ...)' if missing else ''}, {unknown} are unknown to the per-sample "
-                "gradients and would train without noise. Create it over [p for p in model.parameters() if "
-                "p.requires_grad], or over [grads.flat_params]."
-            )
+        require_exactly(grads.parameters, owned, over="[grads.flat_params]")
+
+
+def require_exactly(
+    parameters: Sequence[TrainableParameter], owned: Sequence[nn.Parameter], *, over: str | None = None
+) -> None:
+    """Refuse an optimizer that owns other parameters than the trainable ones.
+
+    Args:
+        parameters: The trainable ones.
+        owned: What the optimizer owns; frozen ones do not count.
+        over: What else it may be created over, for the message.
+
+    Raises:
+        PrivacyError: If some are missing, or others would train without noise.
+    """
+    expected = {id(place.parameter) for place in parameters}
+    found = {id(parameter) for parameter in owned if parameter.requires_grad}
+    missing = [place.name for place in parameters if id(place.parameter) not in found]
+    unknown = len(found - expected)
+    if missing or unknown:
+        raise PrivacyError(
+            f"the optimizer must own exactly the trainable parameters: {len(missing)} are missing"
+            f"{f' ({missing[0]}, ...)' if missing else ''}, {unknown} are unknown to the per-sample "
+            "gradients and would train without noise. Create it over [p for p in model.parameters() if "
+            f"p.requires_grad]{f', or over {over}' if over else ''}."
+        )
 
 
 class Accumulator:

@@ -107,11 +107,7 @@ class OrdinaryStep:
         self._update()
 
     def _update(self) -> None:
-        """Let the optimizer use the gradients that it was given, and forget them."""
-        parameters, flat = self.grads.owned_by_optimizer
-        self.optimizer.step()
-        for parameter in [*parameters, *([] if flat is None else [flat])]:
-            parameter.grad = None
+        self._reduction.update(self.grads, self.optimizer)
         self._sum.clear()
 
 

@@ -199,9 +199,10 @@ class Trainer:
             else share_of(drawn, processes.rank, processes.size, by_user=by_user)
         )
         buckets = length_buckets(own, self._micro_batch_tokens, by_user=by_user)
+        num_missing = self._strategy.most(len(buckets)) - len(buckets)  # agreed before the first pass
         for bucket in buckets:
             yield [own[index] for index in bucket], 0
-        for _ in range(self._strategy.most(len(buckets)) - len(buckets)):
+        for _ in range(num_missing):
             assert self._filler is not None, "several processes need a filler"
             yield [self._filler], 1
 

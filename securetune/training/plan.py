@@ -14,6 +14,7 @@ from securetune.privacy.ledger import LedgerHeader
 from securetune.privacy.statements import noise_statement, sampling_statement
 from securetune.training.folder import NOT_COVERED, RunFolder
 from securetune.training.mechanism import gradient_noise_multiplier, planned_header, privacy_spec
+from securetune.training.memory import Distribution, distribute, measure_size, rank_memory
 from securetune.training.stopping import num_checks
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 _MODELS_EVALUATED = 3  # base, plain, hardened
 _PROBE_ROWS = 16
-# Activations that autograd keeps, in numbers per token and layer: measured on Llama-shaped models as about 18
-# vectors of the hidden size and 6 of the feed-forward size.
-_HIDDEN_VECTORS, _FEED_FORWARD_VECTORS = 18, 6
-_PROCESS_BYTES = 900 << 20  # Python, torch and transformers themselves
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Estimate:
 
     Attributes:
         seconds: Predicted wall-clock seconds by stage.
-        memory_bytes: Predicted peak memory of the process.
+        memory_bytes: Predicted peak memory of the process, if it is the only one.
         tokens_per_record: Mean length assumed.
         forward_ms_per_token: Measured, milliseconds.
         training_ms_per_token: Measured forward and backward, milliseconds.
@@ -56,11 +53,13 @@ class Plan:
         recipe: The recipe.
         privacy: The calibrated mechanism; None for a run without privacy.
         estimate: Time and memory on this machine.
+        distribution: Memory of each process under every strategy; None where nobody asked.
     """
 
     recipe: Recipe
     privacy: PrivacyPlan | None
     estimate: Estimate
+    distribution: Distribution | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON can hold it."""
@@ -97,6 +96,7 @@ class Plan:
             "privacy": privacy,
             "early_stopping": self._early_stopping(),
             "estimate": {**asdict(self.estimate), "privacy": NOT_COVERED},
+            **({} if self.distribution is None else {"distribution": self.distribution.to_dict()}),
         }
 
     def render(self) -> "Group":
@@ -109,7 +109,7 @@ class Plan:
         table.add_column()
         for label, text in self._rows():
             table.add_row(label, text)
-        return Group(table)
+        return Group(table) if self.distribution is None else Group(table, self.distribution.render())
 
     def _header(self) -> LedgerHeader:
         """What the ledger will say."""
@@ -185,7 +185,12 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, *, base: "BaseModel | None" = None, tokens_per_record: float | None = None
+    recipe: Recipe,
+    *,
+    base: "BaseModel | None" = None,
+    tokens_per_record: float | None = None,
+    num_processes: int | None = None,
+    memory_bytes: int | None = None,
 ) -> Plan:
     """Calibrate the noise and predict time and memory.
 
@@ -193,6 +198,8 @@ def make_plan(
         recipe: The recipe.
         base: The loaded base model; None loads it.
         tokens_per_record: Mean record length; None assumes half of ``data.max_length``.
+        num_processes: Predict the memory of each of so many processes, under every strategy.
+        memory_bytes: Memory that each of them has; None takes what this machine has.
 
     Returns:
         The plan.
@@ -209,10 +216,15 @@ def make_plan(
 
         base = load_base(recipe.model)
     tokens = tokens_per_record or recipe.data.max_length / 2
-    return Plan(recipe, privacy, _estimate(recipe, base, tokens))
+    size = measure_size(recipe, base, num_trained=_adapter_parameters(recipe, base), tokens_per_record=tokens)
+    distribution = None
+    if num_processes is not None:
+        distribution = distribute(size, base, num_processes=num_processes, memory_bytes=memory_bytes)
+    memory = rank_memory("single", 1, size).total
+    return Plan(recipe, privacy, _estimate(recipe, base, tokens, memory), distribution)
 
 
-def _estimate(recipe: Recipe, base: "BaseModel", tokens: float) -> Estimate:
+def _estimate(recipe: Recipe, base: "BaseModel", tokens: float, memory_bytes: int) -> Estimate:
     forward, training = _measure(base, max(8, round(tokens)))
     most = recipe.privacy.max_records_per_user or 1  # records of one unit
     drawn = recipe.privacy.steps * recipe.privacy.expected_batch_size * most * tokens
@@ -228,7 +240,7 @@ def _estimate(recipe: Recipe, base: "BaseModel", tokens: float) -> Estimate:
             "hardened training": drawn * passes * training,
             "evaluation of three models": judged * _MODELS_EVALUATED,
         },
-        memory_bytes=_memory(recipe, base, tokens),
+        memory_bytes=memory_bytes,
         tokens_per_record=tokens,
         forward_ms_per_token=forward * 1e3,
         training_ms_per_token=training * 1e3,
@@ -256,18 +268,6 @@ def _measure(base: "BaseModel", tokens: int) -> tuple[float, float]:
     for with_backward in (True, False):
         once(with_backward)
     return min(once(False) for _ in range(2)), min(once(True) for _ in range(2))
-
-
-def _memory(recipe: Recipe, base: "BaseModel", tokens: float) -> int:
-    config = base.model.config.get_text_config()
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
-    item = base.dtype.itemsize
-    per_token = layers * (_HIDDEN_VECTORS * hidden + _FEED_FORWARD_VECTORS * feed_forward) * item
-    weights = sum(parameter.numel() for parameter in base.model.parameters()) * item
-    rows = max(1, recipe.training.micro_batch_tokens // max(1, round(tokens)))
-    per_sample = 4 * rows * _adapter_parameters(recipe, base)
-    return int(_PROCESS_BYTES + weights + recipe.training.micro_batch_tokens * per_token + per_sample)
 
 
 def _adapter_parameters(recipe: Recipe, base: "BaseModel") -> int:

@@ -1,16 +1,16 @@
 """How the processes of a run share a model: alone, replicated (DDP) or sharded (FSDP2, DeepSpeed's ZeRO)."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from securetune.config.launch import StrategyName, read_launch
 from securetune.config.schema import Recipe
-from securetune.errors import ConfigError
+from securetune.errors import ConfigError, MachineError
 from securetune.privacy.distributed import DataParallel, FullySharded, Processes
 from securetune.privacy.distributed.collectives import DEFAULT_TIMEOUT
 from securetune.privacy.per_sample import PerSampleGradients
@@ -18,7 +18,6 @@ from securetune.privacy.per_sample.gradients import TrainableParameter
 from securetune.privacy.reduction import Reduction
 from securetune.training.folder import RunFolder
 
-StrategyName = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -114,6 +113,28 @@ class Strategy:
             self.on_first(open_it)
             yield opened[0] if opened else RunFolder.follow(recipe)
 
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turn the loss of another process into an error that says what to do.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            MachineError: If another process was killed, failed or hangs.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.processes is None or not _is_lost_contact(error):
+                raise
+            raise MachineError(
+                f"process {self.processes.rank} of {self.processes.size} lost another one in training "
+                f"({str(error).strip().splitlines()[0]}). It was killed, ran out of memory, failed or hangs: "
+                "look for the first error in the output. What was charged stays charged; go on from the last "
+                "save with --resume."
+            ) from error
+
     def finish(self) -> None:
         """Part from the other processes, once all are done with training."""
         if self.processes is not None:
@@ -198,19 +219,28 @@ def start_strategy(recipe: Recipe) -> Strategy:
 
     Returns:
         How they share the model.
+
+    Raises:
+        ConfigError: If a setting of the launcher would change privacy, or is not supported.
     """
-    environment = os.environ
-    if int(environment.get("WORLD_SIZE", "1")) == 1:
+    launch = read_launch(recipe=recipe)
+    if launch.strategy == "single":
         return Strategy()
+    if launch.strategy == "fsdp2" and launch.offload_parameters:
+        raise ConfigError("fsdp_config.fsdp_offload_params is not supported yet. Set it to false.")
     on_gpu = recipe.model.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(launch.local_rank)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
-    name: StrategyName = "ddp"
-    if environment.get("ACCELERATE_USE_FSDP") == "true":
-        name = "fsdp2"
-    return Strategy(name, Processes())
+    return Strategy(launch.strategy, Processes())
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("connection closed", "connection reset", "timed out", "broken pipe"))
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

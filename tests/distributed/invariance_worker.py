@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node N -m tests.distributed.invariance_worker OUT CASE...
 
-A case is ``strategy-model-accumulation``, such as ``fsdp2-lora-4``.
+A case is ``strategy-model-accumulation``, such as ``fsdp2-lora-4``; ``noise`` as the model takes no record.
 """
 
 import sys
@@ -67,9 +67,10 @@ def run(step: PrivateStep, model: nn.Module, processes: Processes | None, accumu
         step.finish()
 
 
-def train(strategy: str, kind: str, accumulation: int, *, sigma: float = SIGMA) -> dict[str, Tensor]:
-    """Train, and return the whole parameters by canonical name."""
-    model = make_model(kind)
+def train(strategy: str, kind: str, accumulation: int) -> dict[str, Tensor]:
+    """Train, and return the whole parameters by canonical name; for ``noise`` what one step added."""
+    only_noise = kind == "noise"
+    model = make_model("full" if only_noise else kind)
     processes = None if strategy == "single" else Processes()
     if strategy == "fsdp2":
         layers = [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
@@ -86,17 +87,29 @@ def train(strategy: str, kind: str, accumulation: int, *, sigma: float = SIGMA) 
     owned = [place.parameter for place in grads.parameters]
     if strategy in ("single", "ddp"):
         owned = [grads.flat_params]
+    if only_noise:
+        optimizer = torch.optim.SGD(owned, lr=1.0)
+        with torch.no_grad():
+            for parameter in owned:
+                parameter.zero_()
+    else:
+        optimizer = torch.optim.AdamW(owned, lr=0.01, weight_decay=0.1, foreach=False)
     step = PrivateStep(
         grads,
-        torch.optim.AdamW(owned, lr=0.01, weight_decay=0.1, foreach=False),
+        optimizer,
         clipping=FlatClipping(CLIP),
-        noise_multiplier=sigma,
+        noise_multiplier=SIGMA,
         expected_batch_size=DIVISOR,
         noise=NoiseSource(KEY),
-        ledger=Ledger(sigma),  # pyright: ignore[reportArgumentType]
+        ledger=Ledger(SIGMA),  # pyright: ignore[reportArgumentType]
         reduction=reduction,
     )
-    run(step, model, processes, accumulation)
+    if only_noise:
+        filler = torch.zeros(1, TOKENS, dtype=torch.int64)
+        step.accumulate(losses_of(model, filler), num_padding=1)
+        step.finish()
+    else:
+        run(step, model, processes, accumulation)
     result = {}
     for place in grads.parameters:
         value = place.parameter.detach()

@@ -39,6 +39,6 @@ def test_private_loop_changes_at_most_eight_lines_of_the_plain_one():
     assert signs.count("-") <= ALLOWED_CHANGES
 
 
-@pytest.mark.parametrize("page", ["private-training.md", "sharp-edges.md"])
+@pytest.mark.parametrize("page", ["private-training.md", "sharp-edges.md", "distributed.md"])
 def test_page_is_in_the_navigation(page):
     assert page in (ROOT / "mkdocs.yml").read_text()

@@ -9,5 +9,6 @@ from securetune.privacy.distributed.collectives import Processes
 from securetune.privacy.distributed.data_parallel import DataParallel
 from securetune.privacy.distributed.fully_sharded import FullySharded
 from securetune.privacy.distributed.shared_ledger import SharedLedger
+from securetune.privacy.distributed.zero import Zero
 
-__all__ = ["DataParallel", "FullySharded", "Processes", "SharedLedger"]
+__all__ = ["DataParallel", "FullySharded", "Processes", "SharedLedger", "Zero"]

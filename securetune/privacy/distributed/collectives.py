@@ -78,7 +78,7 @@ class Processes:
         """Add up over all processes, and keep this process' part.
 
         Args:
-            whole: ``[sum(sizes)]``, float32.
+            whole: ``[sum(sizes)]``, float32; may be overwritten.
             sizes: Length of each process' part, in order.
 
         Returns:
@@ -92,6 +92,12 @@ class Processes:
             dist.reduce_scatter_tensor(out, whole, group=self._group)
             return out
         longest = max(sizes)
+        if self.size * longest >= 2 * len(whole):  # padding would move twice as much, or more
+            parts = whole.split(list(sizes))
+            for rank, part in enumerate(parts):
+                if len(part):
+                    dist.reduce(part, group=self._group, group_dst=rank)
+            return parts[self.rank].clone()
         padded = whole.new_zeros(self.size * longest)
         for rank, part in enumerate(whole.split(list(sizes))):
             padded[rank * longest : rank * longest + len(part)] = part

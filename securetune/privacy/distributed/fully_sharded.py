@@ -5,21 +5,18 @@ gradient over its own samples, the blocks' sums are reduced straight into the sh
 and what is released becomes the shard's ``.grad``, which any optimizer over the sharded parameters uses.
 """
 
-import re
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from securetune.errors import PrivacyError
+from securetune.privacy.distributed.blocks import blocks_of
 from securetune.privacy.distributed.collectives import Processes
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.per_sample.gradients import TrainableParameter
 from securetune.privacy.reduction import Address, SingleProcess
-
-_BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
 
 class FullySharded(SingleProcess):
@@ -40,9 +37,8 @@ class FullySharded(SingleProcess):
         self._layers: dict[int, list[TrainableParameter]] = {}
         for place in parameters:
             _require_shard_by_rows(place, processes)
-        for _, block in groupby(parameters, key=lambda place: _block_of(place.name)):
-            places = list(block)
-            self._layers[places[0].start] = places
+        for block in blocks_of(parameters):
+            self._layers[block[0].start] = block
 
     def layers(self, parameters: Sequence[TrainableParameter]) -> Sequence[slice]:
         """Return the range of each block of the model."""
@@ -121,8 +117,3 @@ def _require_shard_by_rows(place: TrainableParameter, processes: Processes) -> N
             f"over all {processes.size} processes (one mesh dimension, Shard(0)) work. Leave out hybrid "
             "sharding and tensor parallelism."
         )
-
-
-def _block_of(name: str) -> str:
-    found = _BLOCK.match(name)
-    return found[1] if found else name.rpartition(".")[0]

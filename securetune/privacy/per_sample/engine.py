@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.choice import find_paths
@@ -27,7 +28,6 @@ from securetune.privacy.per_sample.gradients import (
 from securetune.privacy.per_sample.layout import (
     count_owners,
     flatten,
-    is_sharded,
     lay_out_rows,
     trainable_parameters,
 )
@@ -59,8 +59,11 @@ class PerSampleGradients:
             checkpointing, where one pass or a useful batch does not fit; adapters are small enough for one.
 
     Attributes:
+        are_exchanged: Whether a wrapper puts other parameters in the place of these for each pass (FSDP2).
         agree_on_most: The largest of a number over the processes that share a sharded model, whose passes
             must keep pace; None where passes are each process' own.
+        before_pass: Called with the losses before each backward pass through their graph, for wrappers whose
+            hooks expect one only (ZeRO-3); None for others.
 
     Raises:
         ValueError: If ``passes`` is neither.
@@ -77,8 +80,9 @@ class PerSampleGradients:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model.require_backward_grad_sync = False  # it would fill every .grad: clipped sums are reduced
         self._place = {id(place.parameter): place for place in self.parameters}
-        self._is_sharded = any(is_sharded(place.parameter) for place in self.parameters)
+        self.are_exchanged = any(isinstance(place.parameter, DTensor) for place in self.parameters)
         self.agree_on_most: Callable[[int], int] | None = None
+        self.before_pass: Callable[[Tensor], None] | None = None
         self._unsharded: list[nn.Parameter] = []  # kept alive, since they are known by id
         self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.paths = find_paths(model, self)
@@ -181,10 +185,16 @@ class PerSampleGradients:
         try:
             self._prove_isolation(losses)
             self._taker = taker
-            losses.sum().backward(retain_graph=retain_graph)
+            self._differentiate(losses, None, retain_graph=retain_graph)
         finally:
             self._recording, self._taker = False, None
         self._refuse_leftover_gradients("by the pass")
+
+    def _differentiate(self, losses: Tensor, rows: Tensor | None, *, retain_graph: bool) -> None:
+        if self.before_pass is not None:
+            self.before_pass(losses)
+        part = losses if rows is None else losses[rows]
+        part.sum().backward(retain_graph=retain_graph)
 
     def _backward_twice(self, losses: Tensor, units: Tensor | None) -> BatchGradients:
         """Measure in a first pass, and hand out how to run the second."""
@@ -305,11 +315,6 @@ class PerSampleGradients:
             if parameter is not None and id(parameter) not in self._place:
                 self._unsharded.append(parameter)
                 self._place[id(parameter)] = place
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether a wrapper holds parts of the trainable parameters only, between their uses."""
-        return self._is_sharded
 
     def record_dense(self, place: TrainableParameter, a: Tensor, g: Tensor, name: str) -> None:
         """Record the gradient ``g_i^T a_i`` of a matrix; ``a``: ``[B, ..., d]``, ``g``: ``[B, ..., p]``."""
@@ -446,7 +451,7 @@ class PerSampleGradients:
         masks = [(numbers >> bit & 1).bool() for bit in range(num_bits)]
         try:
             for self._proving in (part for mask in masks for part in (mask, ~mask)):
-                losses[self._proving].sum().backward(retain_graph=True)
+                self._differentiate(losses, self._proving, retain_graph=True)
         except RuntimeError as error:
             if "donated buffer" not in str(error):
                 raise

@@ -104,7 +104,7 @@ class Path:
             return _outside_of_the_graph(self._call, *args, **kwargs)
         if not torch.is_grad_enabled():
             return self._original(*args, **kwargs)
-        if self.engine.is_sharded:
+        if self.engine.are_exchanged:
             self.engine.meet(self._owned)
         return self.run(*args, **kwargs)
 
@@ -122,8 +122,7 @@ class DensePath(Path):
         module = self.module
         weight, bias = self.place(module.weight), self.place(module.bias)
         is_transposed = not isinstance(module, nn.Linear)  # Conv1D holds [d, p]
-        matrix = module.weight.detach()
-        y = functional.linear(x, matrix.t() if is_transposed else matrix, detached(module.bias))
+        y = _Multiply.apply(x, module.weight, module.bias, is_transposed)
         kept = x.to(y.dtype)  # under autocast the layer computed with this
 
         def record(g: Tensor, x: Tensor) -> None:
@@ -138,7 +137,7 @@ class DensePath(Path):
     def multiply(self, x: Tensor) -> Tensor:
         """Run the layer without its bias; ``x``: ``[B, ..., d]``."""
         weight = self.place(self.module.weight)
-        y = functional.linear(x, self.module.weight.detach())
+        y = _Multiply.apply(x, self.module.weight, None, False)
         if weight is None:
             return y
         return recorded(
@@ -155,6 +154,30 @@ class DensePath(Path):
         g = as_3d(self.engine.by_sample(g, self.name))
         (rows,), is_added = self.engine.rows_to_write(bias)
         per_sample_sums(g, rows, accumulate=is_added)
+
+
+class _Multiply(torch.autograd.Function):
+    """``x W^T + b``, whose backward computes the input's gradient only.
+
+    It keeps the weight itself, not a detached alias: ZeRO-3 frees the parameter until its backward, and an
+    alias would hold the gathered memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.is_transposed, ctx.dtype = is_transposed, x.dtype
+        return functional.linear(x, weight.t() if is_transposed else weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (weight,) = grad_outputs, ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            weight = weight.to(g.dtype)  # under autocast the layer computed with this
+            dx = g.reshape(-1, g.shape[-1]) @ (weight.t() if ctx.is_transposed else weight)
+            dx = dx.view(*g.shape[:-1], -1).to(ctx.dtype)
+        return dx, None, None, None
 
 
 class EmbeddingPath(Path):

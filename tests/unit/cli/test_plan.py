@@ -35,3 +35,19 @@ def test_a_target_that_cannot_be_reached(run_cli, config):
     assert outcome.code == 2
     assert outcome.err.startswith("PrivacyError: ")
     assert "1e-09" in outcome.err
+
+
+def test_plan_for_several_processes(run_cli, config):
+    assert "Memory of each" not in run_cli("plan", config).out
+    out = run_cli("plan", config, "--processes", 4, "--memory", 80).out
+    assert "Memory of each of 4 processes, about, in GiB; each has 80.0" in out
+    found = json.loads(run_cli("plan", config, "--processes", 4, "--memory", 0.5, "--json").out)
+    assert [rank["strategy"] for rank in found["distribution"]["ranks"]] == [
+        "ddp",
+        "fsdp2",
+        "zero1",
+        "zero2",
+        "zero3",
+    ]
+    assert not any(rank["fits"] for rank in found["distribution"]["ranks"])
+    assert found["distribution"]["available_bytes"] == 1 << 29

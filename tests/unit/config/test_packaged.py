@@ -49,7 +49,7 @@ def test_a_file_comes_before_a_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("quickstrat", "no recipe or config named 'quickstrat' .* Did you mean 'quickstart'?"),
+        ("quickstrat", "no recipe, config or launch file named 'quickstrat' .* Did you mean 'quickstart'?"),
         ("missing.yaml", r"missing\.yaml: no such file"),
         ("a/b", "a/b: no such file"),
     ],

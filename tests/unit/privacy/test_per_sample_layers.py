@@ -33,6 +33,22 @@ def sequence(*layers: nn.Module) -> nn.Module:
 
 
 class TestDense:
+    @pytest.mark.parametrize("layer", [nn.Linear(3, 3), Conv1D(3, 3)])
+    def test_weight_is_kept_itself_until_its_backward(self, layer):
+        """ZeRO-3 frees a parameter after its forward, and gathers it anew for its backward."""
+        layers = sequence(layer)
+        whole = layers[0].weight.data
+        grads = PerSampleGradients(layers)
+        x = randn(2, 4, 3).requires_grad_()
+        losses = square_losses(layers(x))
+        layers[0].weight.data = whole.new_empty(0)
+        layers[0].weight.data = 2 * whole
+        grads.backward(losses)
+        grads.detach()
+        layers[0].weight.data = whole
+        (expected,) = torch.autograd.grad(square_losses(layers(x)).sum(), x)
+        torch.testing.assert_close(x.grad, 2 * expected)
+
     @pytest.mark.parametrize("batch", [1, 3])
     @pytest.mark.parametrize("shape", [(), (1,), (7,), (513,), (2, 7)])
     @pytest.mark.parametrize("bias", [True, False])

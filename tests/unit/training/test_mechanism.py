@@ -167,7 +167,9 @@ def private_run(folder, recipe, *, sample_rate=1.0):
         plan = plan_privacy(privacy_spec(recipe))
         grads = PerSampleGradients(head.model)
         sampler = PoissonSampler(len(examples), recipe.privacy.sample_rate)
-        ledger, step = make_private_step(recipe, run, plan, grads, make_optimizer(recipe, [grads.flat_params]), sampler)
+        ledger, step = make_private_step(
+            recipe, run, plan, grads, make_optimizer(recipe, [grads.flat_params]), sampler
+        )
         with ledger:
             drawing = PoissonSampler(len(examples), sample_rate, key=bytes(32))
             trainer = Trainer(head, step, drawing, examples, micro_batch_tokens=48)

@@ -1,0 +1,33 @@
+"""Starts worker modules in several processes, as torchrun does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return the environment of a worker: this source tree, one thread, no GPU, no network."""
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **variables,
+    }
+
+
+def torchrun(processes: int, *arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    """Run ``torchrun --nproc_per_node processes arguments`` on this machine, on a port of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*command, "--nproc_per_node", str(processes), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment(),
+        timeout=timeout,
+    )

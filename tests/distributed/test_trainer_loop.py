@@ -1,0 +1,52 @@
+"""The loop of recipes gives one result for any number of processes: attacks, samples, clipping, losses."""
+
+import pytest
+import torch
+
+from securetune.training.loop import share_of
+from securetune.training.strategy import Strategy
+from tests.distributed.launching import torchrun
+from tests.distributed.trainer_worker import train
+from tests.unit.training.tiny_head import make_examples
+
+KINDS = ("adversarial", "few", "adaptive", "per_layer")
+CASES = [f"{name}-{kind}-{tokens}" for name in ("ddp", "fsdp2") for kind in KINDS for tokens in (40, 1000)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {kind: train(Strategy(), kind, 1000) for kind in KINDS}
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def folder(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("loop")
+    found = torchrun(request.param, "-m", "tests.distributed.trainer_worker", str(out), *CASES)
+    assert found.returncode == 0, found.stderr[-4000:]
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_run_is_that_of_one_process(folder, alone, case):
+    found, expected = torch.load(folder / f"{case}.pt"), alone[case.split("-")[1]]
+    assert list(found) == list(expected)
+    assert len(set(expected["samples"].tolist())) > 1  # some samples do not divide by the processes
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-5, atol=2e-6, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("by_user", [False, True])
+def test_parts_hold_every_example_once(size, by_user):
+    import dataclasses
+
+    examples = [
+        dataclasses.replace(example, user_id=f"user {index % 5}")
+        for index, example in enumerate(make_examples(23))
+    ]
+    parts = [share_of(examples, rank, size, by_user=by_user) for rank in range(size)]
+    ids = [example.unit_id for part in parts for example in part]
+    assert sorted(ids) == sorted(example.unit_id for example in examples)
+    units = [{example.user_id if by_user else example.unit_id for example in part} for part in parts]
+    assert max(map(len, units)) - min(map(len, units)) <= 1
+    assert sum(map(len, units)) == (5 if by_user else 23)  # no user in two parts
