@@ -33,7 +33,7 @@ DGX_H100 = Cluster(
     network_hop=9.6e-6,
     tree_node_hop=28e-6,
     tree_network_hop=50e-6,
-    # Not of any data sheet: as small all-reduces of gloo took on the two CPUs that docs/scale.md names.
+    # Assumed, of no data sheet: a message over TCP between the CPUs of two machines.
     side_hop=50e-6,
     side_barrier=50e-6,
     memory_bytes=80e9,
