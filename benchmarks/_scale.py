@@ -1,0 +1,414 @@
+"""What a distributed step computes, moves and waits for, and from that a prediction of its time.
+
+The number of collectives and their bytes are exact for DDP and FSDP2: a test counts them in real runs. Those
+of ZeRO are what ``securetune.privacy.distributed`` and DeepSpeed do by design, without a count. Times are
+predictions: every operation and byte at the rate of a data sheet, corrected by published measurements where
+the text says so.
+
+``given`` is what one process hands to a collective, padding included; a ring then sends ``ring_share`` of it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
+
+from ._workers import ring_share
+
+Strategy = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+_SUM_BYTES = 4  # clipped sums are float32
+_RANGE = 1 << 26  # entries that DataParallel and ZeRO-1 reduce at a time
+_BUCKET_BYTES = 25 << 20  # of DistributedDataParallel
+_UPDATE_BYTES = 28  # AdamW for each entry: gradient, parameter and two moments read, the last three written
+_BLOCK = re.compile(r"^(.*?\.\d+)\.")
+
+
+class Parameter(NamedTuple):
+    """A parameter of ``rows`` times ``width`` entries."""
+
+    name: str
+    rows: int
+    width: int
+    item_bytes: int
+    trainable: bool
+
+    @property
+    def entries(self) -> int:
+        """How many numbers it holds."""
+        return self.rows * self.width
+
+    def shard(self, size: int) -> int:
+        """Entries of the largest part where rows are split over ``size`` processes."""
+        return -(-self.rows // size) * self.width
+
+
+class Shape(NamedTuple):
+    """A model and the length of its samples.
+
+    Attributes:
+        name: For tables.
+        units: Parameters that FSDP2 gathers together: each block's, then all others.
+        forward: FLOPs of a sample's forward pass.
+        backward: FLOPs of the gradients of its activations.
+        weights: FLOPs of the gradients of what is trained, the same for a clipped sum.
+        norms: FLOPs that only clipping needs, by the cheaper of the kernels' two ways.
+    """
+
+    name: str
+    units: tuple[tuple[Parameter, ...], ...]
+    forward: float
+    backward: float
+    weights: float
+    norms: float
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All parameters, frozen or not."""
+        return [parameter for unit in self.units for parameter in unit]
+
+    @property
+    def trainable(self) -> list[Parameter]:
+        """What is trained, in canonical order of the blocks."""
+        return [parameter for parameter in self.parameters if parameter.trainable]
+
+    def flops(self, *, private: bool) -> float:
+        """Return the FLOPs of a sample."""
+        return self.forward + self.backward + self.weights + (self.norms if private else 0.0)
+
+
+def shape_of(model: Any, name: str, tokens: int) -> Shape:
+    """Read sizes and FLOPs from a Llama-shaped model, which may be on the meta device.
+
+    Attention counts whole squares, as a kernel without causal skipping computes them.
+    """
+    from torch import nn
+
+    from securetune.training.strategy import blocks_of
+
+    blocks = blocks_of(model)
+    block_of = {id(p): number for number, block in enumerate(blocks) for p in block.parameters()}
+    units: list[list[Parameter]] = [[] for _ in range(len(blocks) + 1)]
+    for key, p in model.named_parameters():
+        width = math.prod(p.shape[1:])
+        units[block_of.get(id(p), -1)].append(
+            Parameter(key, p.shape[0], width, p.element_size(), p.requires_grad)
+        )
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    products = sum(2.0 * tokens * layer.weight.numel() for layer in linear)
+    trained = [layer for layer in linear if layer.weight.requires_grad]
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4.0 * tokens**2 * head * config.num_attention_heads * config.num_hidden_layers
+    is_lora = any(".lora_" in parameter.name for unit in units for parameter in unit)
+    norms = 0.0
+    if not is_lora:  # of adapters every sample's gradient is written down, and its norm read from there
+        for layer in trained:
+            outputs, inputs = layer.weight.shape
+            norms += min(2.0 * tokens * inputs * outputs, float(tokens**2 * (inputs + outputs)))
+    return Shape(
+        name,
+        tuple(tuple(unit) for unit in units),
+        forward=products + attention,
+        backward=products + 2 * attention,
+        weights=sum(2.0 * tokens * layer.weight.numel() for layer in trained),
+        norms=norms,
+    )
+
+
+class Call(NamedTuple):
+    """Equal collectives of one step.
+
+    Attributes:
+        kind: As torch calls it.
+        given: Bytes that a process hands over in each, padding included.
+        count: How many; an expectation where the number of micro-batches is one.
+        is_side: Whether it runs over gloo between CPUs, for counts and agreement.
+        hides: Whether it can run beside the computation.
+    """
+
+    kind: str
+    given: float
+    count: float
+    is_side: bool = False
+    hides: bool = False
+
+    def sent(self, size: int) -> float:
+        """Bytes that a process sends on a ring, for all of them."""
+        return self.count * self.given * ring_share(self.kind, size)
+
+
+def calls_of(
+    strategy: Strategy,
+    shape: Shape,
+    size: int,
+    micro_batches: float,
+    *,
+    private: bool = True,
+    in_recipe: bool = True,
+) -> list[Call]:
+    """List the collectives of one step.
+
+    Args:
+        strategy: How the processes share the model.
+        shape: The model.
+        size: How many processes.
+        micro_batches: Of the process that has most of them; all keep pace with it.
+        private: securetune's step, or the ordinary one of torch and DeepSpeed.
+        in_recipe: Whether a recipe's training loop runs the step: it agrees on the number of micro-batches,
+            and adds up what the progress bar shows.
+
+    Returns:
+        The collectives; one process meets nobody in those that it has.
+    """
+    calls = [Call("barrier", 0, 1, is_side=True)] if private else []  # before the ledger is charged
+    if size == 1:
+        return calls
+    calls += _parameter_calls(strategy, shape, size, micro_batches)
+    sums = _private_sums if private else _ordinary_sums
+    calls += sums(strategy, shape, size, micro_batches)
+    if private:
+        agreements = micro_batches if strategy in ("fsdp2", "zero3") else 0
+        calls += [
+            Call("broadcast", 100, 1, is_side=True),  # what the ledger then holds, about so many bytes
+            Call("all_reduce", 16, 2 + agreements + (2 if in_recipe else 0), is_side=True),
+        ]
+    return calls
+
+
+def _private_sums(strategy: Strategy, shape: Shape, size: int, micro_batches: float) -> Iterator[Call]:
+    """Float32 sums: once for each step over whole vectors, or for each micro-batch and block into shards."""
+    total = sum(parameter.entries for parameter in shape.trainable)
+    if strategy in ("ddp", "zero1"):
+        for start in range(0, total, _RANGE):
+            share = -(-min(_RANGE, total - start) // size)
+            yield Call("reduce_scatter", _SUM_BYTES * size * share, 1)
+            if strategy == "ddp":  # the released gradient
+                yield Call("all_gather", _SUM_BYTES * share, 1)
+        return
+    for _, block in groupby(shape.trainable, key=lambda parameter: _block_of(parameter.name)):
+        longest = sum(parameter.shard(size) for parameter in block)
+        yield Call("reduce_scatter", _SUM_BYTES * size * longest, micro_batches)
+
+
+def _ordinary_sums(strategy: Strategy, shape: Shape, size: int, micro_batches: float) -> Iterator[Call]:
+    """Sums in the parameters' own dtype, which run beside the backward pass."""
+    total = sum(parameter.entries * parameter.item_bytes for parameter in shape.trainable)
+    if strategy == "ddp":
+        buckets = max(1, math.ceil(total / _BUCKET_BYTES))
+        yield Call("all_reduce", total / buckets, buckets, hides=True)
+    elif strategy == "zero1":
+        yield Call("reduce_scatter", total, 1, hides=True)
+    else:
+        for unit in shape.units:
+            given = size * sum(p.shard(size) * p.item_bytes for p in unit if p.trainable)
+            if given:
+                yield Call("reduce_scatter", given, micro_batches, hides=True)
+
+
+def _parameter_calls(strategy: Strategy, shape: Shape, size: int, micro_batches: float) -> Iterator[Call]:
+    """Gathers of parameters: for each pass where they are sharded, or once after a sharded update."""
+    if strategy in ("fsdp2", "zero3"):
+        *blocks, others = shape.units
+        for unit in blocks:
+            yield Call("all_gather", _gathered(unit, size), 2 * micro_batches, hides=True)
+        if others:  # kept from the forward to the backward pass, and gathered again to train the embedding
+            passes = 2 if any(parameter.trainable for parameter in others) else 1
+            yield Call("all_gather", _gathered(others, size), passes * micro_batches, hides=True)
+    elif strategy in ("zero1", "zero2"):
+        share = math.ceil(sum(p.entries * p.item_bytes for p in shape.trainable) / size)
+        yield Call("all_gather", share, 1)
+
+
+def _gathered(unit: Sequence[Parameter], size: int) -> float:
+    return float(sum(parameter.shard(size) * parameter.item_bytes for parameter in unit))
+
+
+def _block_of(name: str) -> str:
+    found = _BLOCK.match(name)
+    return found[1] if found else name.rpartition(".")[0]
+
+
+class Padding(NamedTuple):
+    """What a Poisson draw costs processes that wait for each other.
+
+    Attributes:
+        share: Expected samples of the process that has most.
+        micro_batches: Expected micro-batches of that process.
+    """
+
+    share: float
+    micro_batches: float
+
+
+def expected_padding(expected_batch: float, size: int, micro_batch: int) -> Padding:
+    """Average over the Poisson draw of a step, whose samples are dealt out to processes one by one.
+
+    The size of a Poisson sample is binomial; this takes its limit for a small sample rate, which varies most.
+
+    Args:
+        expected_batch: Expected samples of a step.
+        size: How many processes.
+        micro_batch: Samples of a full micro-batch.
+
+    Returns:
+        The expected largest share, and its micro-batches.
+    """
+    spread = 12 * math.sqrt(expected_batch) + 12
+    share = micro_batches = 0.0
+    for count in range(max(0, math.floor(expected_batch - spread)), math.ceil(expected_batch + spread)):
+        log = count * math.log(expected_batch) - expected_batch - math.lgamma(count + 1)
+        most = -(-count // size)
+        share += math.exp(log) * most
+        micro_batches += math.exp(log) * -(-most // micro_batch)
+    return Padding(share, micro_batches)
+
+
+class Cluster(NamedTuple):
+    """Rates of the machines, per second and process, and latencies in seconds.
+
+    Attributes:
+        name: For tables.
+        per_node: Processes of a machine.
+        compute: FLOPs.
+        memory: Bytes read or written.
+        node_link: Bytes sent to another process of the machine.
+        network: Bytes that a machine sends to another.
+        start: A collective.
+        node_hop: A step of a ring inside of a machine.
+        network_hop: A step of a ring between machines.
+        tree_node_hop: A step of a tree inside of a machine, for all-reduces where that is faster.
+        tree_network_hop: A step of a tree between machines.
+        side_hop: A message of gloo between two CPUs.
+        side_barrier: What each further process adds to the barrier, which one process keeps.
+        memory_bytes: Of a device.
+    """
+
+    name: str
+    per_node: int
+    compute: float
+    memory: float
+    node_link: float
+    network: float
+    start: float
+    node_hop: float
+    network_hop: float
+    tree_node_hop: float
+    tree_network_hop: float
+    side_hop: float
+    side_barrier: float
+    memory_bytes: float = math.inf
+
+
+def seconds_of(call: Call, size: int, cluster: Cluster) -> float:
+    """Return the time of the collectives, one after another."""
+    rounds = 2 if call.kind == "all_reduce" else 1
+    if call.is_side:
+        hops = math.ceil(math.log2(size)) if call.kind == "broadcast" else rounds * (size - 1)
+        each = cluster.side_barrier if call.kind == "barrier" else cluster.side_hop
+        return call.count * hops * each
+    nodes = math.ceil(size / cluster.per_node)
+    between = rounds * (nodes - 1)
+    hops = rounds * (size - 1) - between
+    latency = hops * cluster.node_hop + between * cluster.network_hop
+    if call.kind == "all_reduce":
+        inside = min(size, cluster.per_node) - 1
+        depth = math.log2(nodes)
+        latency = min(latency, 2 * (inside * cluster.tree_node_hop + depth * cluster.tree_network_hop))
+    rate = cluster.node_link if nodes == 1 else min(cluster.node_link, cluster.network)
+    return call.count * (cluster.start + latency) + call.sent(size) / rate
+
+
+class Prediction(NamedTuple):
+    """Seconds of a step, by what they are spent on.
+
+    Attributes:
+        compute: Passes over the largest share of the sample.
+        update: Memory sweep of the optimizer.
+        exposed: Collectives that no computation hides.
+        side: Agreement between CPUs.
+    """
+
+    compute: float
+    update: float
+    exposed: float
+    side: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return sum(self)
+
+
+def predict(
+    strategy: Strategy,
+    shape: Shape,
+    size: int,
+    cluster: Cluster,
+    *,
+    expected_batch: float,
+    micro_batch: int,
+    private: bool = True,
+    padding: Padding | None = None,
+    in_recipe: bool = True,
+) -> Prediction:
+    """Predict the time of a step.
+
+    The ordinary step takes a batch of exactly ``expected_batch``; the private one a Poisson sample, and waits
+    for the process with most of it. Collectives that can hide do so up to the whole time of the passes that
+    they belong to.
+
+    Args:
+        strategy: How the processes share the model.
+        shape: The model.
+        size: How many processes.
+        cluster: The machines.
+        expected_batch: Samples of a step, over all processes.
+        micro_batch: Samples of a process in one pass.
+        private: securetune's step, or the ordinary one.
+        padding: The largest share, where it is not that of a Poisson sample.
+        in_recipe: As in :func:`calls_of`.
+
+    Returns:
+        The seconds.
+    """
+    if padding is None:
+        share = math.ceil(expected_batch / size)
+        exact = Padding(share, math.ceil(share / micro_batch))
+        padding = expected_padding(expected_batch, size, micro_batch) if private else exact
+    compute = padding.share * shape.flops(private=private) / cluster.compute
+    entries = sum(parameter.entries for parameter in shape.trainable)
+    update = _UPDATE_BYTES * entries / (1 if strategy == "ddp" else size) / cluster.memory
+    micro_batches = max(1.0, padding.micro_batches)
+    exposed = side = hidden = hidden_once = 0.0
+    for call in calls_of(strategy, shape, size, micro_batches, private=private, in_recipe=in_recipe):
+        seconds = seconds_of(call, size, cluster)
+        if call.is_side:
+            side += seconds
+        elif not call.hides:
+            exposed += seconds
+        elif call.count >= micro_batches:
+            hidden += seconds
+        else:
+            hidden_once += seconds
+    exposed += max(0.0, hidden - compute) + max(0.0, hidden_once - compute / micro_batches)
+    return Prediction(compute, update, exposed, side)
+
+
+def state_bytes(strategy: Strategy, shape: Shape, size: int) -> float:
+    """Return the bytes of parameters, float32 sums and optimizer state on a process, without activations."""
+    weights = float(sum(parameter.entries * parameter.item_bytes for parameter in shape.parameters))
+    entries = sum(parameter.entries for parameter in shape.trainable)
+    moments = 2.0 * sum(parameter.entries * parameter.item_bytes for parameter in shape.trainable)
+    sums = float(_SUM_BYTES * entries)
+    if strategy == "ddp":
+        return weights + moments + sums
+    if strategy == "fsdp2":
+        largest = max(sum(p.entries * p.item_bytes for p in unit) for unit in shape.units)
+        return (weights + moments + sums) / size + largest
+    moments = 12.0 * entries  # DeepSpeed keeps a float32 copy and two float32 moments
+    held = weights if strategy != "zero3" else weights / size
+    return held + moments / size + (sums if strategy == "zero1" else sums / size)
