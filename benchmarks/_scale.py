@@ -125,20 +125,20 @@ class Call(NamedTuple):
     Attributes:
         kind: As torch calls it.
         given: Bytes that a process hands over in each, padding included.
-        count: How many; an expectation where the number of micro-batches is one.
+        times: How many; an expectation where the number of micro-batches is one.
         is_side: Whether it runs over gloo between CPUs, for counts and agreement.
         hides: Whether it can run beside the computation.
     """
 
     kind: str
     given: float
-    count: float
+    times: float
     is_side: bool = False
     hides: bool = False
 
     def sent(self, size: int) -> float:
         """Bytes that a process sends on a ring, for all of them."""
-        return self.count * self.given * ring_share(self.kind, size)
+        return self.times * self.given * ring_share(self.kind, size)
 
 
 def calls_of(
@@ -309,7 +309,7 @@ def seconds_of(call: Call, size: int, cluster: Cluster) -> float:
     if call.is_side:
         hops = math.ceil(math.log2(size)) if call.kind == "broadcast" else rounds * (size - 1)
         each = cluster.side_barrier if call.kind == "barrier" else cluster.side_hop
-        return call.count * hops * each
+        return call.times * hops * each
     nodes = math.ceil(size / cluster.per_node)
     between = rounds * (nodes - 1)
     hops = rounds * (size - 1) - between
@@ -319,7 +319,7 @@ def seconds_of(call: Call, size: int, cluster: Cluster) -> float:
         depth = math.log2(nodes)
         latency = min(latency, 2 * (inside * cluster.tree_node_hop + depth * cluster.tree_network_hop))
     rate = cluster.node_link if nodes == 1 else min(cluster.node_link, cluster.network)
-    return call.count * (cluster.start + latency) + call.sent(size) / rate
+    return call.times * (cluster.start + latency) + call.sent(size) / rate
 
 
 class Prediction(NamedTuple):
@@ -390,7 +390,7 @@ def predict(
             side += seconds
         elif not call.hides:
             exposed += seconds
-        elif call.count >= micro_batches:
+        elif call.times >= micro_batches:
             hidden += seconds
         else:
             hidden_once += seconds

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._C._distributed_c10d import FileStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._harness import OutputsDiffer
@@ -79,11 +80,11 @@ def run_workers(worker: Callable[..., Any], size: int, device: torch.device, *ar
     Raises:
         OutputsDiffer: If a worker did.
     """
-    from torch import multiprocessing
+    import torch.multiprocessing.spawn as spawning
 
     with tempfile.TemporaryDirectory() as folder:
         joined = (worker, size, device.type, Path(folder), arguments)
-        multiprocessing.spawn(_enter, args=joined, nprocs=size)
+        spawning.spawn(_enter, args=joined, nprocs=size)
         outcomes = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
     for outcome in outcomes:
         if "differs" in outcome:
@@ -97,7 +98,7 @@ def _enter(
     torch.set_num_threads(1)
     if kind == "cuda":
         torch.cuda.set_device(rank)
-    store = dist.FileStore(str(folder / "store"), size)
+    store = FileStore(str(folder / "store"), size)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
         outcome = {"returned": worker(*arguments)}

@@ -176,9 +176,9 @@ def same_calls(outcome: Any, calls: Sequence[Call]) -> Agreement:
     expected_calls: dict[str, float] = {}
     expected_bytes: dict[str, float] = {}
     for call in calls:
-        expected_calls[call.kind] = expected_calls.get(call.kind, 0) + call.count
+        expected_calls[call.kind] = expected_calls.get(call.kind, 0) + call.times
         if not call.is_side:
-            expected_bytes[call.kind] = expected_bytes.get(call.kind, 0) + call.count * call.given
+            expected_bytes[call.kind] = expected_bytes.get(call.kind, 0) + call.times * call.given
     counted_bytes = {kind: outcome["given"].get(kind) for kind in expected_bytes}
     if outcome["calls"] != expected_calls or counted_bytes != expected_bytes:
         raise OutputsDiffer(
@@ -197,7 +197,8 @@ def large_shapes() -> dict[str, Shape]:
     for label, config in (("Llama-1B", LLAMA_1B), ("Llama-8B", LLAMA_8B)):
         for mode in ("LoRA", "full"):
             with torch.device("meta"):
-                model: Any = LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16)
+                made: Any = LlamaForCausalLM(LlamaConfig(**config))
+                model: Any = made.to(torch.bfloat16)
                 if mode == "LoRA":
                     adapters = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
                     model = get_peft_model(model, adapters)

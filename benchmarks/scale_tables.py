@@ -49,8 +49,8 @@ def _bytes(shapes: dict[str, Shape]) -> str:
             sent = [
                 sum(call.sent(size) for call in calls if not call.is_side) for calls in (private, ordinary)
             ]
-            count = sum(call.count for call in private if not call.is_side)
-            side = sum(call.count for call in private if call.is_side)
+            count = sum(call.times for call in private if not call.is_side)
+            side = sum(call.times for call in private if call.is_side)
             held = state_bytes(strategy, shape, size) / GIB
             rows.append(
                 [
