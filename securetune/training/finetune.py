@@ -14,7 +14,7 @@ from securetune.adversarial.validity import find_objective, require_private_trai
 from securetune.checkpoints import Sealer
 from securetune.config.loader import recipe_digest
 from securetune.config.schema import Recipe
-from securetune.errors import CheckpointError, ConfigError, PrivacyError
+from securetune.errors import ConfigError, PrivacyError
 from securetune.models.base import BaseModel
 from securetune.privacy.ledger import Ledger
 from securetune.privacy.per_sample import PerSampleGradients
@@ -116,11 +116,6 @@ def fine_tune(
     saved = None
     shards = state_shards(grads, optimizer, prepared.reduction)
     if strategy.on_first(partial(has_state, state)):
-        if shards is None:
-            raise CheckpointError(
-                f"strategy {strategy.name!r} cannot go on from the training state in {state}. "
-                "Resume with ddp, fsdp2 or one process."
-            )
         saved = load_state(state, access, shards, owner=owner, stopping=stopping)
     sampler = make_unit_sampler(
         recipe,
@@ -172,9 +167,7 @@ def fine_tune(
         )
         activate_dropout(model)
         save = None
-        if shards is None:
-            _logger.warning("strategy %s saves no training state: a killed run is lost.", strategy.name)
-        elif access.passphrase is not None:
+        if access.passphrase is not None:
             sealer = stack.enter_context(_sealer(access, saved)) if strategy.is_first else None
             save = partial(
                 save_state, state, sealer, shards, owner=owner, stopping=stopping, clipping=clipping

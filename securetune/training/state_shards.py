@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from securetune.checkpoints import ALONE, Peers
 from securetune.errors import CheckpointError
-from securetune.privacy.distributed import DataParallel, FullySharded
+from securetune.privacy.distributed import DataParallel, FullySharded, Zero
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.reduction import Address, Reduction
 
@@ -59,7 +59,7 @@ class StateShards(Protocol):
 
 def state_shards(
     grads: PerSampleGradients, optimizer: torch.optim.Optimizer, reduction: Reduction | None
-) -> StateShards | None:
+) -> StateShards:
     """Return what a run saves.
 
     Args:
@@ -68,13 +68,16 @@ def state_shards(
         reduction: The run's strategy; None for one process.
 
     Returns:
-        The shards, which hold no copy; None for a strategy whose state cannot be saved.
+        The shards, which hold no copy.
     """
     if isinstance(reduction, FullySharded):
         return RowShards(grads, optimizer, reduction)
+    if isinstance(reduction, Zero):
+        return PartitionShards(grads, reduction)
     if isinstance(reduction, DataParallel):
         return ReplicaShards(grads, optimizer, reduction.processes)
-    return ReplicaShards(grads, optimizer) if reduction is None else None
+    assert reduction is None, f"no state of {type(reduction).__name__}"
+    return ReplicaShards(grads, optimizer)
 
 
 class ReplicaShards:
@@ -158,6 +161,42 @@ class RowShards:
             self._optimizer.state[parameter] = {"step": _step(self._optimizer, parameter, step), **moments}
 
 
+class PartitionShards:
+    """The state of DeepSpeed's ZeRO: each process saves and reads its float32 partitions, without padding.
+
+    Args:
+        grads: Owner of the parameters.
+        reduction: How the processes add up.
+    """
+
+    def __init__(self, grads: PerSampleGradients, reduction: Zero) -> None:
+        self.peers: Peers = reduction.processes
+        self.num_params = grads.num_params
+        self._reduction = reduction
+
+    def owned(self) -> Sequence[tuple[Address, dict[str, Tensor]]]:
+        """Return this process' pieces."""
+        optimizer = self._reduction.partition_optimizer
+        found: list[tuple[Address, dict[str, Tensor]]] = []
+        for address, master, cut in self._reduction.owned_masters():
+            arrays = {PARAMS: master.detach(), **_moments(optimizer, master)}
+            found.append((address, {name: array[cut] for name, array in arrays.items()}))
+        return found
+
+    def restore(self, read: Read, *, step: int) -> None:
+        """Read this process' pieces, then let the model's parameters follow."""
+        optimizer = self._reduction.partition_optimizer
+        owned = self._reduction.owned_masters()
+        for master in {id(master): master for _, master, _ in owned}.values():
+            moments = {name: torch.zeros_like(master.detach()) for name in MOMENTS}
+            optimizer.state[master] = {"step": _step(optimizer, master, step), **moments}
+        for address, master, cut in owned:
+            fill(master.detach()[cut], PARAMS, read, address.base)
+            for name in MOMENTS:
+                fill(optimizer.state[master][name][cut], name, read, address.base)
+        self._reduction.refresh_parameters()
+
+
 def part_of(count: int, peers: Peers) -> slice:
     """Return the range that this process saves of something that all of them hold.
 
@@ -212,8 +251,11 @@ def _moments(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) ->
     return {name: state[name] for name in MOMENTS}
 
 
-def _step(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, step: int) -> Tensor:
+def _step(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, step: int) -> Tensor | int:
     """The optimizer's own counter, where it keeps it."""
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    if type(optimizer).__name__ == "DeepSpeedCPUAdam":
+        return step
+    groups = optimizer.param_groups  # ZeRO-3 fills them for an update only
+    group = next((g for g in groups if any(p is parameter for p in g["params"])), groups[0])
     on_device = group.get("fused") or group.get("capturable")
     return torch.tensor(float(step), device=parameter.device if on_device else None)

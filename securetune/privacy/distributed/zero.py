@@ -133,6 +133,24 @@ class Zero(SingleProcess):
         owned = [parameter for group in self._shards.groups for parameter in group]
         require_exactly([place for place in grads.parameters if place.stop > place.start], owned)
 
+    def owned_masters(self) -> list[tuple[Address, nn.Parameter, slice]]:
+        """Return what this process updates: address, float32 partition, and the place in that."""
+        own = [piece for pieces in self._pieces.values() for piece in pieces]
+        return [
+            (Address(piece.start, (piece.stop - piece.start,), (1,)), *self._shards.master(piece))
+            for piece in own
+            if piece.owner == self.processes.rank
+        ]
+
+    @property
+    def partition_optimizer(self) -> torch.optim.Optimizer:
+        """What updates the float32 partitions, and keeps their state."""
+        return self._engine.optimizer.optimizer
+
+    def refresh_parameters(self) -> None:
+        """Make the model's parameters those of the float32 partitions, once those were restored."""
+        self._shards.refresh()
+
     def _own(self, layer: slice, shard: Tensor) -> list[tuple[Piece, Tensor]]:
         own = [piece for piece in self._pieces[layer.start] if piece.owner == self.processes.rank]
         return list(zip(own, shard.split([piece.stop - piece.start for piece in own]), strict=True))

@@ -74,6 +74,15 @@ class Shards:
         assert [len(g) for g in gradients if g is not None] == self._sizes
         return [gradient.zero_() for gradient in gradients if gradient is not None]
 
+    def master(self, piece: Piece) -> tuple[nn.Parameter, slice]:
+        """Return the float32 partition that holds a piece of this process, and the piece's place in it."""
+        master: Any = self._masters[piece.group]
+        return master, slice(piece.offset, piece.offset + piece.stop - piece.start)
+
+    def refresh(self) -> None:
+        """Make the model's parameters those of the float32 partitions, which something else changed."""
+        raise NotImplementedError
+
     def hand_over(self, partitions: Sequence[Tensor]) -> None:
         """Give the optimizer the released gradients of its partitions."""
         if not self._is_offloaded:
@@ -110,6 +119,10 @@ class FlatGroups(Shards):
                     before = place.start - first
                     yield Piece(owner, before + start, before + stop, number, start - owner * share)
 
+    def refresh(self) -> None:
+        """Copy each partition into its place in the flat vector, and gather."""
+        self._optimizer.update_lp_params()
+
 
 class CutParameters(Shards):
     """Stage 3: each parameter is cut into equal parts, the last one padded, which lie one after another."""
@@ -139,6 +152,14 @@ class CutParameters(Shards):
                 for owner, start in enumerate(range(place.start, place.stop, share)):
                     yield Piece(owner, start, min(start + share, place.stop), number, offset)
                 offset += share
+
+    def refresh(self) -> None:
+        """Copy each partition into the parameters' own, and gather anew those that stay whole."""
+        self._optimizer._partition_all_parameters()
+        for group in range(len(self.groups)):
+            self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if whole := self._optimizer.persistent_parameters:
+            whole[0].all_gather(whole)
 
 
 def pieces_within(layer: slice, pieces: Sequence[Piece]) -> list[Piece]:
