@@ -12,7 +12,7 @@ from securetune.privacy.ledger import read_ledger
 from tests.sample_run import STEPS, make_workshop, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-SUPPORTED = ("ddp", "fsdp2")
+SUPPORTED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 @pytest.fixture(scope="module")
