@@ -80,11 +80,11 @@ def run_workers(worker: Callable[..., Any], size: int, device: torch.device, *ar
     Raises:
         OutputsDiffer: If a worker did.
     """
-    import torch.multiprocessing.spawn as spawning
+    from torch.multiprocessing.spawn import spawn
 
     with tempfile.TemporaryDirectory() as folder:
         joined = (worker, size, device.type, Path(folder), arguments)
-        spawning.spawn(_enter, args=joined, nprocs=size)
+        spawn(_enter, args=joined, nprocs=size)
         outcomes = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
     for outcome in outcomes:
         if "differs" in outcome:

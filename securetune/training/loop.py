@@ -89,7 +89,7 @@ class Adversary:
         def attack(rows: Tensor) -> None:
             part = batch.select(rows)
             longest = part.input_ids.shape[1]
-            delta[rows, :longest] = self._delta(clean[rows, :longest], part, step)
+            delta[rows, :longest] = self._delta(clean[rows, :longest], part, step).to(delta.dtype)
 
         with attack_mode(self._head.model):
             for _ in run_at_once(attack, [rows for rows in parts if len(rows)], at_once):

@@ -359,11 +359,12 @@ def test_users_are_the_unit_from_the_recipe_to_the_card(workshop):
 
 
 class TestRefusals:
-    def test_more_than_one_process(self, workshop):
+    def test_one_of_two_processes_without_its_number(self, workshop):
         recipe = write_recipe(workshop, "many")
         process = harden(recipe, WORLD_SIZE="2")
         assert process.returncode == 2
-        assert "accelerate launch --num_processes 1" in process.stderr
+        assert "WORLD_SIZE=2, RANK=unset" in process.stderr
+        assert "Start the run with 'accelerate launch --config_file FILE'" in process.stderr
         assert not (workshop / "many").exists()
 
     def test_missing_gpu(self, workshop):

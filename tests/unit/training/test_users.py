@@ -145,7 +145,9 @@ class Users:
         self.calls = []
         self.sums = []
         accumulate, finish = self.step.accumulate, self.step.finish
-        self.step.accumulate = lambda losses, ids=None: self.calls.append(ids) or accumulate(losses, ids)
+        self.step.accumulate = lambda losses, ids=None, **options: (
+            self.calls.append(ids) or accumulate(losses, ids, **options)
+        )
         self.step.finish = lambda: self.sums.append(self.step.summed.clone()) or finish()
         self.trainer = Trainer(self.head, self.step, sampler, self.examples, micro_batch_tokens=micro)
 
