@@ -274,6 +274,11 @@ def start_strategy(recipe: Recipe) -> Strategy:
         return Strategy()
     if launch.strategy == "fsdp2" and launch.offload_parameters:
         raise ConfigError("fsdp_config.fsdp_offload_params is not supported yet. Set it to false.")
+    if launch.strategy == "zero3":
+        raise ConfigError(
+            "zero_stage is 3: whole recipes do not run under ZeRO-3 yet, though the private step does. Launch "
+            "with zero2.yaml or fsdp2.yaml."
+        )
     on_gpu = recipe.model.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(launch.local_rank)
