@@ -276,8 +276,8 @@ def start_strategy(recipe: Recipe) -> Strategy:
         raise ConfigError("fsdp_config.fsdp_offload_params is not supported yet. Set it to false.")
     if launch.strategy == "zero3":
         raise ConfigError(
-            "zero_stage is 3: whole recipes do not run under ZeRO-3 yet, though the private step does. Launch "
-            "with zero2.yaml or fsdp2.yaml."
+            "zero_stage is 3: whole recipes do not run under ZeRO-3 yet, though the private step does. "
+            "Launch with zero2.yaml or fsdp2.yaml."
         )
     on_gpu = recipe.model.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
