@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,3 +34,9 @@ def torchrun(processes: int, *arguments: str, timeout: float = 200) -> subproces
         env=environment(),
         timeout=timeout,
     )
+
+
+def load_result(path: Path) -> dict[str, Tensor]:
+    """Load the tensors that a worker of these tests saved, in their order."""
+    # torch's format keeps the order of names; weights_only unpickles tensors alone, from a file made here
+    return torch.load(path, weights_only=True)

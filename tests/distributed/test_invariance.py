@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.distributed.invariance_worker import train
-from tests.distributed.launching import torchrun
+from tests.distributed.launching import load_result, torchrun
 
 STRATEGIES = ("ddp", "ddp-wrapped", "fsdp2")
 CASES = (
@@ -22,7 +22,7 @@ def alone():
 def launch(folder, processes):
     found = torchrun(processes, "-m", "tests.distributed.invariance_worker", str(folder), *CASES)
     assert found.returncode == 0, found.stderr[-4000:]
-    return {case: torch.load(folder / f"{case}-{processes}.pt") for case in CASES}
+    return {case: load_result(folder / f"{case}-{processes}.pt") for case in CASES}
 
 
 @pytest.fixture(

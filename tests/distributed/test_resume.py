@@ -5,7 +5,7 @@ import torch
 
 from securetune.checkpoints import generate_signing_key
 from securetune.training.strategy import Strategy
-from tests.distributed.launching import torchrun
+from tests.distributed.launching import load_result, torchrun
 from tests.distributed.resume_worker import train
 
 SHARED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -39,7 +39,7 @@ def compare(found, expected):
 
 @pytest.mark.parametrize(("saved", "strategy"), [*PAIRS, ("single", "zero3"), ("single", "zero1")])
 def test_two_processes_go_on(folder, expected, saved, strategy):
-    compare(torch.load(folder / f"go-{strategy}-{saved}.pt"), expected)
+    compare(load_result(folder / f"go-{strategy}-{saved}.pt"), expected)
 
 
 @pytest.mark.parametrize("saved", ["single", *SHARED])
@@ -54,4 +54,4 @@ def test_four_processes_go_on(folder, expected):
     )
     assert found.returncode == 0, found.stderr[-4000:]
     for name in ("go-fsdp2-zero3", "go-zero2-ddp"):
-        compare(torch.load(folder / f"{name}.pt"), expected)
+        compare(load_result(folder / f"{name}.pt"), expected)

@@ -5,7 +5,7 @@ import torch
 
 from securetune.training.loop import share_of
 from securetune.training.strategy import Strategy
-from tests.distributed.launching import torchrun
+from tests.distributed.launching import load_result, torchrun
 from tests.distributed.trainer_worker import train
 from tests.unit.training.tiny_head import make_examples
 
@@ -29,7 +29,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_run_is_that_of_one_process(folder, alone, case):
-    found, expected = torch.load(folder / f"{case}.pt"), alone[case.split("-")[1]]
+    found, expected = load_result(folder / f"{case}.pt"), alone[case.split("-")[1]]
     assert list(found) == list(expected)
     assert len(set(expected["samples"].tolist())) > 1  # some samples do not divide by the processes
     for name, value in expected.items():

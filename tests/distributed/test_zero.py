@@ -8,7 +8,7 @@ import torch
 
 from securetune.errors import PrivacyError
 from securetune.privacy.distributed import Zero
-from tests.distributed.launching import torchrun
+from tests.distributed.launching import load_result, torchrun
 
 pytest.importorskip("deepspeed")
 
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 
 
 def pair(folder, case):
-    found, expected = (torch.load(folder / f"{name}.pt") for name in (case, alone(case)))
+    found, expected = (load_result(folder / f"{name}.pt") for name in (case, alone(case)))
     assert list(found) == list(expected)
     return [(name, found[name], expected[name]) for name in expected]
 
@@ -80,7 +80,7 @@ def test_noise_is_the_same_bit_for_bit(folder, case):
 
 
 def test_all_options_of_the_cases_matter(folder):
-    models = [torch.load(folder / f"0-tied-1{rest}.pt") for rest in ("", "-attack", "-groups", "-noise")]
+    models = [load_result(folder / f"0-tied-1{rest}.pt") for rest in ("", "-attack", "-groups", "-noise")]
     for name, value in models[0].items():
         assert all((value - other[name]).abs().max() > 1e-4 for other in models[1:]), name
 
