@@ -1,12 +1,13 @@
 """Keys, a cheap passphrase cost and a small sealed checkpoint for the tests of this folder."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 
 from securetune import checkpoints
-from securetune.checkpoints import Argon2Params
+from securetune.checkpoints import Argon2Params, Sealer, open_vault
 
 PASSPHRASE = b"correct horse"
 
@@ -64,3 +65,38 @@ def seal_small(keys, cheap_argon2, tensors):
         return checkpoints.seal(path, **arguments)
 
     return seal
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory, keys, cheap_argon2, tensors):
+    """One sealed checkpoint for the whole module; tests that change it take ``sealed``, a copy."""
+    path = tmp_path_factory.mktemp("vault") / "checkpoint"
+    with Sealer(
+        signing_key=keys.owner,
+        recipients=[keys.recipient_public],
+        passphrase=keys.passphrase,
+        argon2=cheap_argon2,
+    ) as sealer:
+        sealer.seal(
+            path,
+            {"adapter": {"adapter_model.safetensors": tensors}, "optimizer": {"state.json": b'{"step":3}'}},
+            public_files={"README.md": b"# card\n", "ledger.jsonl": b'{"step":1}\n'},
+            metadata={"base_model": "tiny"},
+        )
+    return path
+
+
+@pytest.fixture
+def sealed(pristine, tmp_path):
+    return shutil.copytree(pristine, tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def opened(keys):
+    """Open a checkpoint as its recipient."""
+
+    def call(path, **options):
+        arguments = {"public_key": keys.owner_public, "identity": keys.recipient} | options
+        return open_vault(path, **arguments)
+
+    return call

@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import threading
@@ -22,41 +21,6 @@ from securetune.checkpoints import vault as vault_module
 from securetune.checkpoints.signing import build_signature
 from securetune.errors import AccessDenied, CheckpointError, ConfigError, SignatureError
 from securetune.files import canonical_json
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory, keys, cheap_argon2, tensors):
-    """One sealed checkpoint for the whole module; tests that change it take ``sealed``, a copy."""
-    path = tmp_path_factory.mktemp("vault") / "checkpoint"
-    with Sealer(
-        signing_key=keys.owner,
-        recipients=[keys.recipient_public],
-        passphrase=keys.passphrase,
-        argon2=cheap_argon2,
-    ) as sealer:
-        sealer.seal(
-            path,
-            {"adapter": {"adapter_model.safetensors": tensors}, "optimizer": {"state.json": b'{"step":3}'}},
-            public_files={"README.md": b"# card\n", "ledger.jsonl": b'{"step":1}\n'},
-            metadata={"base_model": "tiny"},
-        )
-    return path
-
-
-@pytest.fixture
-def sealed(pristine, tmp_path):
-    return shutil.copytree(pristine, tmp_path / "checkpoint")
-
-
-@pytest.fixture
-def opened(keys):
-    """Open a checkpoint as its recipient."""
-
-    def call(path, **options):
-        arguments = {"public_key": keys.owner_public, "identity": keys.recipient} | options
-        return open_vault(path, **arguments)
-
-    return call
 
 
 def resign(path, key, change):
@@ -449,50 +413,6 @@ def test_huge_sparse_file_is_refused_without_reading_it(sealed, keys):
     os.truncate(sealed / "shards" / "optimizer.state.json.c256", 1 << 40)
     with pytest.raises(SignatureError, match=r"optimizer\.state\.json\.c256"):
         verify(sealed, keys.owner_public)
-
-
-def test_extract_writes_private_files_and_nothing_else(pristine, opened, tmp_path, tensors):
-    before = os.umask(0)
-    try:
-        with opened(pristine) as vault:
-            out = vault.extract(tmp_path / "out")
-    finally:
-        os.umask(before)
-    files = {file.relative_to(out).as_posix(): file for file in out.rglob("*") if file.is_file()}
-    assert set(files) == {"adapter/adapter_model.safetensors", "optimizer/state.json"}
-    assert files["adapter/adapter_model.safetensors"].read_bytes() == tensors
-    assert {stat.S_IMODE(file.stat().st_mode) for file in files.values()} == {0o600}
-    assert stat.S_IMODE(out.stat().st_mode) == 0o700
-
-
-def test_extract_takes_only_the_compartments_asked_for(pristine, opened, tmp_path):
-    with opened(pristine) as vault:
-        out = vault.extract(tmp_path / "out", compartments=["optimizer"])
-    assert [entry.name for entry in out.iterdir()] == ["optimizer"]
-
-
-def test_extract_of_a_compartment_that_was_not_opened_is_refused(pristine, opened, tmp_path):
-    with opened(pristine, compartments=["adapter"]) as vault:
-        with pytest.raises(AccessDenied, match=r"optimizer were not opened.*open now: adapter"):
-            vault.extract(tmp_path / "out", compartments=["adapter", "optimizer"])
-        assert [entry.name for entry in vault.extract(tmp_path / "out").iterdir()] == ["adapter"]
-
-
-def test_extract_never_overwrites_a_folder(pristine, opened, tmp_path):
-    (tmp_path / "precious").touch()
-    with opened(pristine) as vault, pytest.raises(CheckpointError, match="not empty"):
-        vault.extract(tmp_path)
-
-
-def test_failed_extract_leaves_no_plaintext(sealed, opened, tmp_path):
-    with opened(sealed) as vault:
-        shard = sealed / "shards" / "optimizer.state.json.c256"
-        with shard.open("r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            file.write(b"\0\0")
-        with pytest.raises(CheckpointError):
-            vault.extract(tmp_path / "out")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_repr_and_pickle_give_no_key_away(pristine, opened):

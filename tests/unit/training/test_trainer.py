@@ -2,11 +2,9 @@ import copy
 import functools
 import json
 import math
-import re
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
 from transformers import (
@@ -16,27 +14,28 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
-    GPT2Config,
-    GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 
-from securetune.data.sft import encode_sft
 from securetune.errors import CheckpointError, ConfigError, PrivacyError
 from securetune.privacy.accounting import plan_privacy
 from securetune.privacy.ledger import read_ledger
-from securetune.privacy.noise import NoiseSource
 from securetune.privacy.sampling import PoissonSampler
-from securetune.training.trainer import PrivateTrainer, per_sequence_losses
-from tests.tiny import tiny_llama, tiny_tokenizer
-
-KEY = bytes(32)
-WORDS = ["a", "tiny text", "some longer text of many words", "x y z", "ha", "what is this", "no", "end of it"]
-ROWS = encode_sft(
-    [{"prompt": f"{word}?", "completion": f" {word}!"} for word in WORDS], tiny_tokenizer(), max_length=80
+from securetune.training.trainer import per_sequence_losses
+from tests.private_trainer import (
+    KEY,
+    ROWS,
+    NoNoise,
+    arguments,
+    clipped_sum,
+    flat,
+    lora,
+    loss_alone,
+    trainable,
+    trainer_for,
 )
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,76 +45,6 @@ def calibrated_once():
     patch.setattr("securetune.privacy.private.plan_privacy", functools.cache(plan_privacy))
     yield
     patch.undo()
-
-
-class NoNoise(NoiseSource):
-    def __init__(self):
-        super().__init__(KEY)
-
-    def normal(self, *, count, **address):
-        return torch.zeros(count)
-
-
-def arguments(tmp_path, **options):
-    settings = {
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 0.1,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "seed": 0,
-    }
-    return TrainingArguments(**settings | options)
-
-
-def lora(model):
-    torch.manual_seed(1)
-    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    return model.train()
-
-
-def trainer_for(tmp_path, model=None, args=None, **options):
-    settings = {
-        "train_dataset": ROWS,
-        "data_collator": DataCollatorForSeq2Seq(tiny_tokenizer()),
-        "target_epsilon": 8.0,
-        "delta": 1e-5,
-    } | options
-    if "sampler" not in settings:
-        settings.setdefault("sample_rate", 0.5)
-    return PrivateTrainer(model or lora(tiny_llama()), args or arguments(tmp_path), **settings)
-
-
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in trainable(model)])
-
-
-def loss_alone(model, row, smoothing=0.0):
-    """The truth: one record, no padding, its own mean."""
-    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
-    logits = model(input_ids=ids).logits[0, :-1]
-    keep = labels[1:] != -100
-    scores = functional.log_softmax(logits, dim=-1)
-    nll = -scores[keep, labels[1:][keep]]
-    return ((1 - smoothing) * nll - smoothing * scores[keep].mean(dim=-1)).mean()
-
-
-def clipped_sum(model, rows, clip, smoothing=0.0):
-    total = torch.zeros_like(flat(model))
-    for row in rows:
-        grads = torch.autograd.grad(loss_alone(model, row, smoothing), trainable(model))
-        grad = torch.cat([g.flatten() for g in grads])
-        total += grad * min(1.0, clip / float(grad.norm()))
-    return total
 
 
 @pytest.mark.parametrize(("micro", "accumulation"), [(1, 4), (2, 2), (4, 1)])
@@ -396,81 +325,6 @@ def test_private_evaluation_and_search_are_refused(tmp_path):
         trainer_for(tmp_path).predict(ROWS)
     with pytest.raises(PrivacyError, match="many times"):
         trainer_for(tmp_path).hyperparameter_search()
-
-
-def test_loss_with_a_divisor_counted_over_the_batch_is_refused(tmp_path):
-    def coupled(outputs, labels, num_items_in_batch=None):
-        losses = per_sequence_losses(outputs.logits, labels, is_shifted=True)
-        return losses / (labels != -100).sum()
-
-    trainer = trainer_for(tmp_path, compute_loss_func=coupled, sample_rate=1.0, target_epsilon=50.0)
-    for _ in range(2):  # who tries again is refused again
-        with pytest.raises(PrivacyError, match="batch-mates"):
-            trainer.train()
-    assert read_ledger(tmp_path / "out" / "ledger.jsonl").steps_charged == 0
-
-
-def padded_mean(outputs, labels, num_items_in_batch=None):
-    """A mean over the padded length, which is that of the longest batch-mate."""
-    return functional.cross_entropy(
-        outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
-    ).mean(dim=1)
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_loss_that_depends_on_the_padding_is_refused(tmp_path, side):
-    tokenizer = tiny_tokenizer()
-    tokenizer.padding_side = side
-    trainer = trainer_for(
-        tmp_path, compute_loss_func=padded_mean, sample_rate=1.0, target_epsilon=50.0,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-    )  # fmt: skip
-    with pytest.raises(PrivacyError, match="batch-mates") as caught:
-        trainer.train()
-    assert not re.search(r"\d", str(caught.value))  # errors are logged, and losses are private
-    assert read_ledger(tmp_path / "out" / "ledger.jsonl").steps_charged == 0
-
-
-def test_padding_to_a_public_length_may_enter_the_loss(tmp_path):
-    collator = DataCollatorForSeq2Seq(tiny_tokenizer(), padding="max_length", max_length=80)
-    trainer = trainer_for(
-        tmp_path, compute_loss_func=padded_mean, sample_rate=1.0, target_epsilon=50.0, data_collator=collator
-    )
-    assert trainer.train().global_step == 2
-
-
-def tiny_gpt2():
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=128, resid_pdrop=0.0,
-                   embd_pdrop=0.0, attn_pdrop=0.0)
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("multiple", [None, 16])
-def test_absolute_positions_that_padding_moves_are_refused(tmp_path, multiple):
-    tokenizer = tiny_tokenizer()
-    for side in ("right", "left"):
-        tokenizer.padding_side = side
-        collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple)
-        trainer = trainer_for(
-            tmp_path, tiny_gpt2(), sample_rate=1.0, target_epsilon=50.0, data_collator=collator,
-            ledger=tmp_path / f"{side}.jsonl",
-        )  # fmt: skip
-        if side == "right":
-            trainer.train()
-            continue
-        with pytest.raises(PrivacyError, match="batch-mates"):
-            trainer.train()
-
-
-def test_records_of_one_length_do_not_end_the_search_for_coupling(tmp_path):
-    rows = [ROWS[0], ROWS[0], ROWS[0], ROWS[2]]
-    trainer = trainer_for(
-        tmp_path, train_dataset=rows, compute_loss_func=padded_mean, sample_rate=1.0, target_epsilon=50.0
-    )
-    with pytest.raises(PrivacyError, match="batch-mates"):
-        trainer.train()
 
 
 def test_own_loss_function_for_each_record_is_used(tmp_path):
