@@ -1,5 +1,4 @@
 import copy
-import functools
 import json
 import math
 
@@ -19,7 +18,6 @@ from transformers import (
 )
 
 from securetune.errors import CheckpointError, ConfigError, PrivacyError
-from securetune.privacy.accounting import plan_privacy
 from securetune.privacy.ledger import read_ledger
 from securetune.privacy.sampling import PoissonSampler
 from securetune.training.trainer import per_sequence_losses
@@ -37,14 +35,7 @@ from tests.private_trainer import (
 )
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def calibrated_once():
-    """The same plan is asked for again and again; each takes about a second."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr("securetune.privacy.private.plan_privacy", functools.cache(plan_privacy))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("calibrated_once")
 
 
 @pytest.mark.parametrize(("micro", "accumulation"), [(1, 4), (2, 2), (4, 1)])

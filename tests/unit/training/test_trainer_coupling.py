@@ -1,6 +1,5 @@
 """PrivateTrainer refuses losses in which one record depends on its batch-mates."""
 
-import functools
 import re
 
 import pytest
@@ -13,7 +12,6 @@ from transformers import (
 )
 
 from securetune.errors import PrivacyError
-from securetune.privacy.accounting import plan_privacy
 from securetune.privacy.ledger import read_ledger
 from securetune.training.trainer import per_sequence_losses
 from tests.private_trainer import (
@@ -22,14 +20,7 @@ from tests.private_trainer import (
 )
 from tests.tiny import tiny_tokenizer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def calibrated_once():
-    """The same plan is asked for again and again; each takes about a second."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr("securetune.privacy.private.plan_privacy", functools.cache(plan_privacy))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("calibrated_once")
 
 
 def test_loss_with_a_divisor_counted_over_the_batch_is_refused(tmp_path):
