@@ -25,6 +25,7 @@ from securetune.privacy.per_sample.gradients import (
     as_3d,
     index_units,
 )
+from securetune.privacy.per_sample.isolation import IsolationProof
 from securetune.privacy.per_sample.layout import (
     count_owners,
     flatten,
@@ -96,10 +97,8 @@ class PerSampleGradients:
         self._buffer = torch.empty(0, width, dtype=self.compute_dtype, device=self.device)
         self._flat_params: nn.Parameter | None = None
         self._recording = False
-        self._proving: Tensor | None = None  # [B], bool: whose losses the running proof differentiates
-        self._saw_gradient = False
+        self._isolation = IsolationProof()
         self._looped_kinds: set[type[nn.Module]] = set()
-        self._proven: set[tuple[bool, float]] = set()
         self._rows = 0
         self._written: set[int] = set()
         self._factored: dict[int, Uses] = {}
@@ -265,7 +264,7 @@ class PerSampleGradients:
         try:
             return check_against_autograd(self, losses_of, batch_size)
         finally:
-            self._proven.clear()  # another loss may follow
+            self._isolation.forget()  # another loss may follow
 
     @contextlib.contextmanager
     def ordinary_autograd(self) -> Iterator[None]:
@@ -279,8 +278,6 @@ class PerSampleGradients:
                 path.attach()
             self._watch.forget()  # no backward() of ours follows, and the next pass may have other rows
 
-    # What the paths call.
-
     @property
     def is_recording(self) -> bool:
         """Whether the running backward pass is one of :meth:`backward`."""
@@ -289,7 +286,7 @@ class PerSampleGradients:
     @property
     def is_proving(self) -> bool:
         """Whether the running pass only proves that samples are isolated, and records nothing."""
-        return self._proving is not None
+        return self._isolation.is_running
 
     @property
     def batch_rows(self) -> int | None:
@@ -427,13 +424,7 @@ class PerSampleGradients:
             )
 
     def _prove_isolation(self, losses: Tensor) -> None:
-        """Prove that no sample's loss reaches another's rows, in extra passes over the first batch.
-
-        Each pass differentiates the samples whose number has one bit set, or not set, so that every pair is
-        told apart. It is done again when the model changes between training and evaluation, or the model gets
-        another number of rows for a sample; a batch without any finite gradient proves nothing. Processes
-        that share a model run the same number of passes.
-        """
+        """Prove that samples are isolated, where this batch is the first of its kind."""
         given = self._rows if self._watch.batch_rows is None else self._watch.batch_rows
         if self._rows == 1 and given > 1:
             raise PrivacyError(
@@ -441,30 +432,13 @@ class PerSampleGradients:
                 "samples: use reduction='none' and reduce within each sample only. If all rows are one "
                 "sample, give them to the model as [1, rows, ...]."
             )
-        state = (self.model.training, given / self._rows)
-        num_bits = 0 if state in self._proven else (self._rows - 1).bit_length()
-        if self.agree_on_most is not None:
-            num_bits = self.agree_on_most(num_bits)
-        if not num_bits:
-            return
-        self._saw_gradient = False
-        numbers = torch.arange(self._rows, device=losses.device)
-        masks = [(numbers >> bit & 1).bool() for bit in range(num_bits)]
-        try:
-            for self._proving in (part for mask in masks for part in (mask, ~mask)):
-                self._differentiate(losses, self._proving, retain_graph=True)
-        except RuntimeError as error:
-            if "donated buffer" not in str(error):
-                raise
-            self._saw_gradient = True
-            _logger.warning(
-                "a compiled model keeps no second backward pass, so the proof that samples are not coupled "
-                "did not run; check(losses_of, batch_size) does the same."
-            )
-        finally:
-            self._proving = None
-        if self._saw_gradient:
-            self._proven.add(state)
+        self._isolation.run(
+            self._rows,
+            (self.model.training, given / self._rows),
+            lambda rows: self._differentiate(losses, rows, retain_graph=True),
+            device=losses.device,
+            agree_on_most=self.agree_on_most,
+        )
 
     def _start(self, rows: int) -> None:
         self._rows = rows
@@ -502,18 +476,7 @@ class PerSampleGradients:
 
     def refuse_coupled(self, g: Tensor, name: str) -> None:
         """In a pass that proves isolation, raise if a loss of it reaches the rows of a sample left out."""
-        assert self._proving is not None
-        g = self.by_sample(g, name)
-        reached = g.isfinite() & (g != 0)
-        proving = self._proving.to(g.device)
-        self._saw_gradient = self._saw_gradient or bool(reached[proving].any())
-        if bool(reached[~proving].any()):
-            raise PrivacyError(
-                f"the samples of a batch are coupled: the loss of one depends on another's values in layer "
-                f"{name}, so no sample's gradient is its own. Causes: batch statistics, in-batch negatives, "
-                "a balance loss of experts, or an input that is not batch-first. Remove the coupling or "
-                "freeze the layer."
-            )
+        self._isolation.refuse_coupled(self.by_sample(g, name), name)
 
     def _refuse_unfrozen(self) -> None:
         unfrozen = [name for name, parameter in self._frozen if parameter.requires_grad]
