@@ -223,7 +223,8 @@ class Strategy:
             "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": self._launch.mixed_precision == "bf16"},
+            # no step is skipped by data: what is released is finite
+            "bf16": {"enabled": self._launch.mixed_precision == "bf16", "check_grad_overflow": False},
             "zero_optimization": {"stage": int(self.name[-1]), **_offloading(self._launch)},
         }
         engine: Any
@@ -274,11 +275,6 @@ def start_strategy(recipe: Recipe) -> Strategy:
         return Strategy()
     if launch.strategy == "fsdp2" and launch.offload_parameters:
         raise ConfigError("fsdp_config.fsdp_offload_params is not supported yet. Set it to false.")
-    if launch.strategy == "zero3":
-        raise ConfigError(
-            "zero_stage is 3: whole recipes do not run under ZeRO-3 yet, though the private step does. "
-            "Launch with zero2.yaml or fsdp2.yaml."
-        )
     on_gpu = recipe.model.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(launch.local_rank)

@@ -4,6 +4,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from securetune.config.schema import Recipe
 from securetune.errors import MachineError
@@ -32,6 +33,8 @@ def start_trackers(recipe: Recipe, run: RunFolder) -> Accelerator:
         )
     folder = run.root / "trackers" if wanted else None
     accelerator = Accelerator(cpu=recipe.model.device == "cpu", log_with=wanted or None, project_dir=folder)
+    # under ZeRO-3 transformers would shard what this process alone loads, and wait for the others
+    unset_hf_deepspeed_config()
     if wanted:
         accelerator.init_trackers(recipe.name)
     return accelerator

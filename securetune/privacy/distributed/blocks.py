@@ -9,7 +9,7 @@ from securetune.privacy.per_sample.gradients import TrainableParameter
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
 
-def blocks_of(parameters: Sequence[TrainableParameter]) -> Iterator[list[TrainableParameter]]:
+def group_by_block(parameters: Sequence[TrainableParameter]) -> Iterator[list[TrainableParameter]]:
     """Split the trainable parameters at the borders of the model's numbered layers.
 
     Args:

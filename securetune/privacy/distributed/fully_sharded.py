@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from securetune.errors import PrivacyError
-from securetune.privacy.distributed.blocks import blocks_of
+from securetune.privacy.distributed.blocks import group_by_block
 from securetune.privacy.distributed.collectives import Processes
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.per_sample.gradients import TrainableParameter
@@ -37,7 +37,7 @@ class FullySharded(SingleProcess):
         self._layers: dict[int, list[TrainableParameter]] = {}
         for place in parameters:
             _require_shard_by_rows(place, processes)
-        for block in blocks_of(parameters):
+        for block in group_by_block(parameters):
             self._layers[block[0].start] = block
 
     def layers(self, parameters: Sequence[TrainableParameter]) -> Sequence[slice]:

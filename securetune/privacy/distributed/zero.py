@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from securetune.errors import PrivacyError
-from securetune.privacy.distributed.blocks import blocks_of
+from securetune.privacy.distributed.blocks import group_by_block
 from securetune.privacy.distributed.collectives import Processes
 from securetune.privacy.distributed.zero_partitions import CutParameters, FlatGroups, Piece, pieces_within
 from securetune.privacy.per_sample import PerSampleGradients
@@ -68,7 +68,7 @@ class Zero(SingleProcess):
     def layers(self, parameters: Sequence[TrainableParameter]) -> Sequence[slice]:
         """Return the range of each block of the model; in stage 1, ranges of at most 64 Mi entries."""
         if self.reduces_micro_batches:
-            return [slice(block[0].start, block[-1].stop) for block in blocks_of(parameters)]
+            return [slice(block[0].start, block[-1].stop) for block in group_by_block(parameters)]
         stop = parameters[-1].stop
         return [slice(start, min(start + _BUCKET, stop)) for start in range(0, stop, _BUCKET)]
 
