@@ -13,6 +13,7 @@ Dimensions: ``B`` samples, ``U`` privacy units, ``G`` clipping groups, ``T`` pos
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +156,7 @@ class BatchGradients:
             out: ``[P]``, float32: accumulator in canonical order.
             group_of: Group of each parameter, in canonical order; one group when None.
         """
-        self._add_range(slice(0, self.num_params), factors, out, group_of)
+        self._add_range(slice(0, self.num_params), self._weigh(factors, group_of), out)
 
     def accumulate_layers(
         self, factors: Tensor, layers: Sequence[slice], group_of: Sequence[int] | None = None
@@ -170,17 +171,24 @@ class BatchGradients:
         Yields:
             1-D, float32: the sum of the next range.
         """
+        weights = self._weigh(factors, group_of)
         for layer in layers:
             out = self._rows.new_zeros(layer.stop - layer.start)
-            self._add_range(layer, factors, out, group_of)
+            self._add_range(layer, weights, out)
             yield out
 
-    def _add_range(self, within: slice, factors: Tensor, out: Tensor, group_of: Sequence[int] | None) -> None:
+    def _weigh(self, factors: Tensor, group_of: Sequence[int] | None) -> "_Weights":
+        by_row = factors.to(self._rows.dtype)[self.unit_index]  # [B, G]
+        return _Weights(
+            groups=[0] * len(self._parameters) if group_of is None else group_of,
+            by_row=by_row,
+            kept=[(by_row[:, group] != 0).nonzero().flatten() for group in range(factors.shape[1])],
+        )
+
+    def _add_range(self, within: slice, weighed: "_Weights", out: Tensor) -> None:
         if self.num_samples == 0:
             return
-        groups = [0] * len(self._parameters) if group_of is None else group_of
-        by_row = factors.to(self._rows.dtype)[self.unit_index]  # [B, G]
-        kept = [(by_row[:, g] != 0).nonzero().flatten() for g in range(factors.shape[1])]
+        groups, by_row, kept = weighed
         with full_precision():
             for run in self._column_runs(groups, within):
                 keep, weights = kept[run.group], by_row[:, run.group]
@@ -285,6 +293,12 @@ def _is_within(place: TrainableParameter, within: slice) -> bool:
     assert within.start <= place.start, "a range cuts a parameter"
     assert place.stop <= within.stop, "a range cuts a parameter"
     return True
+
+
+class _Weights(NamedTuple):
+    groups: Sequence[int]  # of each parameter
+    by_row: Tensor  # [B, G]
+    kept: list[Tensor]  # rows whose weight is not zero, by group
 
 
 @dataclass(frozen=True)
