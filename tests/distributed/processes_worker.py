@@ -107,6 +107,7 @@ def main() -> None:
     processes = Processes()
     found = {"agree": agree, "fail": fail, "ledger": ledger, "late": late}[scenario](out, processes)
     (out / f"{scenario}-{processes.rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()  # else gloo's threads may end the interpreter with an abort
 
 
 if __name__ == "__main__":
