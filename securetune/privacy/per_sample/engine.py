@@ -36,6 +36,7 @@ from securetune.privacy.per_sample.paths import Path
 from securetune.privacy.per_sample.row_watch import RowWatch, not_by_sample
 from securetune.privacy.per_sample.self_check import check_against_autograd
 from securetune.privacy.per_sample.two_passes import Measuring, Taker, TwoPassGradients
+from securetune_kernels.numerics import without_autocast
 
 _logger = logging.getLogger(__name__)
 
@@ -192,8 +193,8 @@ class PerSampleGradients:
     def _differentiate(self, losses: Tensor, rows: Tensor | None, *, retain_graph: bool) -> None:
         if self.before_pass is not None:
             self.before_pass(losses)
-        part = losses if rows is None else losses[rows]
-        part.sum().backward(retain_graph=retain_graph)
+        with without_autocast():  # it would reach the layers' own backward passes
+            (losses if rows is None else losses[rows]).sum().backward(retain_graph=retain_graph)
 
     def _backward_twice(self, losses: Tensor, units: Tensor | None) -> BatchGradients:
         """Measure in a first pass, and hand out how to run the second."""
@@ -489,9 +490,9 @@ class PerSampleGradients:
 
     def _refuse_leftover_gradients(self, when: str) -> None:
         found = [place for place in self.parameters if place.parameter.grad is not None]
-        for place in found:
-            place.parameter.grad = None
         if found:
+            for place in found:
+                place.parameter.grad = None
             raise PrivacyError(
                 f"{found[0].name} got an ordinary gradient {when}, which is neither clipped nor noised: it "
                 "is used outside of its module's forward, or another backward() ran. Freeze it "
