@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Written between timed calls on a GPU: larger than any L2 cache (50 MB on H100), and it takes long enough
 # (a few hundred microseconds) that the launches of the timed call are queued before the GPU gets to them.
 FLUSH_BYTES = 1 << 29
+COMPARED_AT_ONCE = 1 << 26  # entries of two outputs, widened to float64
 
 
 class DoesNotFit(Exception):
@@ -154,9 +155,12 @@ def check_agreement(what: str, actual: Tensor, expected: Tensor, *, tolerance: f
     """
     if actual.shape != expected.shape:
         raise OutputsDiffer(f"{what}: shape {tuple(actual.shape)} against {tuple(expected.shape)}.")
-    truth = expected.detach().double().cpu()
-    distance = (actual.detach().double().cpu() - truth).norm().item()
-    error = distance / max(truth.norm().item(), 1e-300) if distance else 0.0
+    distance = size = torch.zeros((), dtype=torch.float64, device=expected.device)
+    parts = (tensor.detach().flatten().split(COMPARED_AT_ONCE) for tensor in (actual, expected))
+    for ours, truth in zip(*parts, strict=True):  # where they are: a model's gradient takes long to move
+        distance = distance + (ours.to(distance) - truth.double()).square().sum()
+        size = size + truth.double().square().sum()
+    error = math.sqrt(float(distance)) / max(math.sqrt(float(size)), 1e-300) if distance else 0.0
     if not error <= tolerance:
         raise OutputsDiffer(f"{what}: relative error {error:.3g}, allowed {tolerance:.3g}.")
     return Agreement(what, error, tolerance)

@@ -37,8 +37,9 @@ PACKAGES = ("transformers", "opacus")
 
 def run(context: Context) -> Iterator[Result]:
     """Measure time and peak memory from forward to clipped sum, then noise and update."""
-    if importlib.util.find_spec("transformers") is None:
-        raise DoesNotFit("transformers is not installed.")
+    for package in ("transformers", "cryptography"):
+        if importlib.util.find_spec(package) is None:
+            raise DoesNotFit(f"{package} is not installed.")
     cases = [Case("SmolLM2-135M untied", 8, 64, 0, torch.float32)]
     if context.device.type == "cuda" and not context.quick:
         cases = [

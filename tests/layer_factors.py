@@ -35,13 +35,13 @@ def with_strides(x, order, steps):
     return view.copy_(x)
 
 
-def sparse_memory(shape, strides, device, path):
-    """Allocate float16 memory with large gaps; on a CPU in a sparse file, so that it takes no memory."""
+def sparse_memory(shape, strides, device, path, dtype=torch.float16):
+    """Allocate zeros with large gaps; on a CPU in a sparse file, so that they take no memory."""
     reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if device.type == "cuda":
-        storage = torch.zeros(reach, dtype=torch.float16, device=device)
+        storage = torch.zeros(reach, dtype=dtype, device=device)
     else:
         with path.open("wb") as file:
-            file.truncate(2 * reach)
-        storage = torch.from_file(str(path), shared=True, size=reach, dtype=torch.float16)
+            file.truncate(dtype.itemsize * reach)
+        storage = torch.from_file(str(path), shared=True, size=reach, dtype=dtype)
     return storage.as_strided(shape, strides)

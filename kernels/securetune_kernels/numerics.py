@@ -35,6 +35,22 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
+def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Add ``rows[i]`` to ``out[index[i]]`` in a fixed order, which ``index_add_`` does not keep on a GPU.
+
+    Args:
+        out: ``[V, ...]``: added to in place.
+        index: ``[N]``, int64 or int32.
+        rows: ``[N, ...]``, dtype of ``out``.
+
+    Returns:
+        ``out``.
+    """
+    if out.is_cuda:
+        return out.index_put_((index,), rows, accumulate=True)
+    return out.index_add_(0, index, rows)
+
+
 def row_squared_norms(rows: Tensor) -> Tensor:
     """Square each row's L2 norm in blocks, so that float32 keeps its digits over millions of columns.
 

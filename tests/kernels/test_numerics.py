@@ -14,7 +14,7 @@ from securetune_kernels import (
     per_sample_sums,
     tied_cross_products,
 )
-from securetune_kernels.numerics import full_precision
+from securetune_kernels.numerics import add_rows, full_precision
 
 GENERATOR = torch.Generator().manual_seed(0)
 A, G = (torch.randn(3, 5, size, generator=GENERATOR) for size in (40, 50))
@@ -75,3 +75,16 @@ def test_settings_are_the_callers_again_afterwards():
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_rows_add_up_in_a_fixed_order(index_dtype, kernel_device):
+    index = torch.randint(0, 3, (500,), generator=torch.Generator().manual_seed(0)).to(kernel_device)
+    rows = torch.randn(500, 17, generator=torch.Generator().manual_seed(1)).to(kernel_device)
+    found = [add_rows(torch.ones(4, 17, device=kernel_device), index.to(index_dtype), rows) for _ in range(3)]
+    expected = torch.ones(4, 17, dtype=torch.float64, device=kernel_device)
+    for place, row in zip(index.tolist(), rows.double(), strict=True):
+        expected[place] += row
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._tiles import Tile, tile_of
 from .inputs import Segments
 
 # Triton's interpreter multiplies bfloat16 as if the bit patterns were integers, so there it is widened first.
@@ -15,16 +16,6 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # On AMD one stage of loads in flight; more would not fit the 64 KiB of local memory of a gfx942.
 HALF_STAGES = 2 if torch.version.hip else 3
 BLOCK_PARTIALS = 1024  # partial sums that the reduction loads at once
-
-
-class Tile(NamedTuple):
-    """Shape of one program's part of a product, and how it is run."""
-
-    rows: int
-    cols: int
-    depth: int  # how much of the summed dimension one step loads
-    num_warps: int
-    num_stages: int
 
 
 # Counted, not swept on a GPU. Half precision: a step of 128 x 128 x 64 does 2.1 MFLOP on 32 KiB of loads, 64
@@ -36,9 +27,9 @@ HALF_TILE = Tile(128, 128, 64, 8, HALF_STAGES)
 FLOAT_TILE = Tile(64, 64, 32, 8, 2)
 
 
-def product_tile(dtype: torch.dtype) -> Tile:
-    """Return the tile for inputs of this dtype."""
-    return FLOAT_TILE if dtype == torch.float32 else HALF_TILE
+def product_tile(kernel: str, dtype: torch.dtype, architecture: str) -> Tile:
+    """Return a kernel's tile for inputs of this dtype."""
+    return tile_of(kernel, dtype, architecture, FLOAT_TILE if dtype == torch.float32 else HALF_TILE)
 
 
 def must_widen(dtype: torch.dtype) -> bool:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .._backend import on_device_of
 from .._linear import Segments
-from .._linear.triton_kernels import Tile, add_up, must_widen, product_tile
+from .._linear.triton_kernels import FLOAT_TILE, add_up, must_widen
+from .._tiles import Tile, architecture_of, tile_of
 from .torch_path import unit_of_tokens
 
 # Features that a program adds up at once, counted, not swept on a GPU: 1 KiB of half precision from each of
@@ -198,14 +199,14 @@ def sort_tokens(ids: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]
     return order, torch.where(is_first[:-1], next_first[1:], places[:-1])
 
 
-def cross_tile(dtype: torch.dtype) -> Tile:
+def cross_tile(dtype: torch.dtype, architecture: str) -> Tile:
     """Return the tile of the pairs of positions and lookups."""
-    return product_tile(dtype) if dtype == torch.float32 else HALF_CROSS_TILE
+    return tile_of("cross", dtype, architecture, FLOAT_TILE if dtype == torch.float32 else HALF_CROSS_TILE)
 
 
 def tied_cross_products_triton(a: Tensor, g: Tensor, ids: Tensor, lookup_g: Tensor) -> Tensor:
     """Launch the kernels; arguments are already checked by :func:`securetune_kernels.tied_cross_products`."""
-    tile = cross_tile(a.dtype)
+    tile = cross_tile(a.dtype, architecture_of(a.device))
     num_tiles = triton.cdiv(a.shape[1], tile.rows) * triton.cdiv(ids.shape[1], tile.cols)
     partials = torch.empty(len(a), num_tiles, device=a.device, dtype=torch.float32)
     with on_device_of(a):
