@@ -29,7 +29,7 @@ def factors(*lead, d, p, dtype=torch.float32, device="cpu", seed=0):
 def with_strides(x, order, steps):
     """Copy ``x`` into memory where its dimensions lie in ``order``, ``steps`` elements apart."""
     sizes = [x.shape[dim] * steps[dim] for dim in order]
-    memory = x.new_full(sizes, float("nan"))
+    memory = x.new_full(sizes, float("nan") if x.is_floating_point() else 1)
     inverse = [order.index(dim) for dim in range(x.ndim)]
     view = memory.permute(inverse)[tuple(slice(None, None, step) for step in steps)]
     return view.copy_(x)

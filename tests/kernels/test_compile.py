@@ -274,3 +274,18 @@ def op_arguments(x):
 def test_opcheck(name, backend, kernel_device):
     op = getattr(torch.ops.securetune_kernels, name).default
     torch.library.opcheck(op, (*op_arguments(make_inputs(kernel_device))[name], backend))
+
+
+@pytest.mark.slow
+def test_inductor_takes_a_step_of_several_ops(kernel_device):
+    torch.compiler.reset()
+
+    def step(x, backend):
+        run_adapters(x, backend)
+        norms = clip_and_accumulate(x["buffer"][:, :20], x["summed"], 1.5, backend=backend)
+        return norms * 2, run_noise(x, backend), run_adamw(x, backend), x["other"] + x["summed"][:7]
+
+    here, there = make_inputs(kernel_device), make_inputs(kernel_device)
+    found, expected = torch.compile(step, fullgraph=True)(here, "triton"), step(there, "triton")
+    for ours, truth in zip((*found, *here.values()), (*expected, *there.values()), strict=True):
+        torch.testing.assert_close(ours, truth)

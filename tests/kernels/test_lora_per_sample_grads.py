@@ -219,6 +219,20 @@ def test_adapters_of_one_layout_share_a_launch():
     assert not triton_kernels.can_share_a_launch([products[0], products[1]._replace(wide=unaligned)])
 
 
+@pytest.mark.gpu
+def test_adapters_in_a_cuda_graph_share_no_launch():
+    made, buffer = adapters(2, 2, 8, d=16, r=4, p=16, device="cuda")
+    lora_per_sample_grads(made[:1], scaling=SCALING)  # compiled before the capture
+    lora_per_sample_grads(made, scaling=SCALING)
+    expected = buffer.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lora_per_sample_grads(made, scaling=SCALING)
+    buffer.zero_()
+    graph.replay()
+    torch.testing.assert_close(buffer, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_of_two_dtypes(backend, kernel_device):
     made, _ = adapters(1, 2, 9, d=19, r=4, p=33, device=kernel_device)

@@ -31,8 +31,8 @@ def lora_per_sample_grads(
 
     Both cost the same FLOPs for each unit as their sum over the batch. Adapters of one shape share two
     launches where their tensors have the same strides and lie at multiples of 16 bytes, through a table of
-    pointers; others have two each. Gradients are written in place, so that they can be columns of one ``[U,
-    P]`` buffer.
+    pointers; others, and those captured into a CUDA graph, have two each. Gradients are written in place, so
+    that they can be columns of one ``[U, P]`` buffer.
 
     Guarantees:
         A NaN or an infinite entry of a unit reaches that unit's gradients and no other's.

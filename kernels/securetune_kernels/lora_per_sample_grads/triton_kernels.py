@@ -148,7 +148,9 @@ def lora_per_sample_grads_triton(
 
 
 def can_share_a_launch(products: Sequence[Product]) -> bool:
-    """Tell whether a table of pointers is enough to find all adapters' tensors."""
+    """Tell whether a table of pointers is enough to find all adapters' tensors, and can be made."""
+    if products[0].wide.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # the table comes from the host, which a CUDA graph would have to keep
     strides = {tuple(tensor.stride() for tensor in product) for product in products}
     inputs = [tensor for product in products for tensor in product[:2]]
     return len(strides) == 1 and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in inputs)
