@@ -240,9 +240,9 @@ def _linear_variants(target: str) -> Iterator[Variant]:
                 tile.num_warps, tile.num_stages, (*aligned, "out_row_stride"),
             )  # fmt: skip
     yield Variant(
-        LINEAR, "_add_up_kernel", f"{linear.BLOCK_PARTIALS} tiles",
-        {"partials_ptr": "*fp32", "out_ptr": "*fp32"}, {"num_partials": "i32"},
-        {"BLOCK": linear.BLOCK_PARTIALS}, 4,
+        LINEAR, "_add_up_kernel", f"{linear.BLOCK_PARTIALS} partial sums",
+        {"partials_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "out_ptr": "*fp32"}, {"num_partials": "i32"},
+        {"HAS_SEGMENTS": True, "BLOCK": linear.BLOCK_PARTIALS}, 4,
     )  # fmt: skip
 
 
@@ -290,11 +290,6 @@ def _embedding_variants(target: str) -> Iterator[Variant]:
              "BLOCK_T": tile.cols, "BLOCK_K": tile.depth, "WIDEN": False},
             tile.num_warps, tile.num_stages, ("num_features", *strides),
         )  # fmt: skip
-    yield Variant(
-        EMBEDDING, "_add_up_units_kernel", f"{op.BLOCK_PARTIALS} partial sums",
-        {"partials_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "out_ptr": "*fp32"},
-        {"num_per_unit": "i32", "num_blocks": "i32"}, {"HAS_SEGMENTS": True, "BLOCK": op.BLOCK_PARTIALS}, 4,
-    )  # fmt: skip
 
 
 def _sums_variants() -> Iterator[Variant]:
