@@ -53,7 +53,7 @@ has() {
     "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@"
 }
 
-# only files with GPU tests: others may import packages that are not here; the limits add up to 535 seconds
+# only files with GPU tests: others may import packages that are not here; the limits add up to 515 seconds
 folders=(tests)
 if ! has transformers peft cryptography pydantic rfc8785; then
     folders=(tests/kernels)
@@ -66,9 +66,9 @@ if has xdist; then # compilation of some 700 variants takes most of the time
 fi
 step pytest_gpu 120 "$python" -m pytest -m gpu -q --durations=5 -o addopts="" --import-mode=importlib \
     -p no:cacheprovider "${workers[@]}" "${gpu_tests[@]}"
-for item in dp_lora_step:80 dp_full_step:60 noisy_step:20 gaussian_noise:20 lora_per_sample_grads:50 \
-    linear_grad_norms:40 clipped_linear_grad:35 clip_and_accumulate:35 embedding_grad_norms:20 pgd_step:30 \
-    per_sample_sums:25; do
+for item in dp_lora_step:80 dp_full_step:55 noisy_step:20 gaussian_noise:20 lora_per_sample_grads:45 \
+    linear_grad_norms:40 clipped_linear_grad:30 clip_and_accumulate:35 embedding_grad_norms:20 pgd_step:30 \
+    per_sample_sums:20; do
     name=${item%%:*}
     if [ -f "benchmarks/bench_$name.py" ]; then
         step "bench_$name" "${item##*:}" "$python" -m benchmarks "$name" --device cuda --json "$out/results.jsonl"

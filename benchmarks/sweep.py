@@ -28,7 +28,7 @@ from ._harness import Context, OutputsDiffer, check_agreement, time_paired
 from ._layers import LayerShape
 
 TOLERANCE = 1e-5
-ROWS, COLS, DEPTHS, WARPS, STAGES = (64, 128, 256), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)
+ROWS, COLS, DEPTHS, WARPS, STAGES = (64, 128, 256), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)
 QUICK = (Tile(32, 32, 32, 4, 2), Tile(64, 64, 32, 4, 2))
 # what a thread can keep of a tile's float32 sums, and a chip of its steps in flight, without spilling
 MOST_SUMS_PER_THREAD, MOST_SHARED_BYTES = 128, 220 * 1024
