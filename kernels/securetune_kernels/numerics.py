@@ -47,7 +47,7 @@ def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         ``out``.
     """
     if out.is_cuda:
-        return out.index_put_((index,), rows, accumulate=True)
+        return out.index_put_((index.long(),), rows, accumulate=True)
     return out.index_add_(0, index, rows)
 
 
