@@ -1,6 +1,7 @@
 """Uses whose per-sample gradients would be wrong, missing or coupled: each is refused, with the reason."""
 
 import copy
+import functools
 import pickle
 
 import peft
@@ -363,3 +364,50 @@ class TestOneModelOneEngine:
         model[0].weight.grad = torch.ones(6, 6, dtype=torch.float64)
         with pytest.raises(PrivacyError, match=r"0\.weight got an ordinary gradient before"):
             engine.backward(square_losses(model, randn(4, 6)))
+
+
+class TestModelThatChangedAfterwards:
+    @staticmethod
+    def adapted(**options) -> nn.Module:
+        layer = Using(nn.Linear(6, 6), lambda layer, x: layer(x))
+        lora = peft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False, **options)
+        return peft.get_peft_model(layer, lora, autocast_adapter_dtype=False).double()
+
+    @pytest.mark.parametrize(
+        "model",
+        [nn.Linear(6, 6), nn.LayerNorm(6), nn.RMSNorm(6), nn.PReLU(), "lora"],
+        ids=["dense", "layer norm", "rms norm", "any other", "lora"],
+    )
+    @pytest.mark.parametrize("change", ["assign", "functional_call"])
+    def test_parameters_that_are_other_tensors_now(self, model, change):
+        model = self.adapted() if model == "lora" else nn.Sequential(copy.deepcopy(model)).double()
+        engine = PerSampleGradients(model)
+        values = {name: value.clone() for name, value in model.state_dict().items()}
+        if change == "assign":
+            model.load_state_dict(values, assign=True)
+            run = model
+        else:
+            run = functools.partial(torch.func.functional_call, model, values)
+        with pytest.raises(PrivacyError, match="is another tensor than when PerSample") as error:
+            run(randn(4, 5, 6))
+        assert any(name in str(error.value) for name in engine.parameter_names())
+
+    @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+    def test_another_adapter_is_active(self, options):
+        model = self.adapted(**options)
+        engine = PerSampleGradients(model)
+        model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["layer"], **options))
+        model.double().set_adapter("second")
+        with pytest.raises(PrivacyError, match=r"base_model\.model\.layer trains .*second.* now"):
+            engine.backward(square_losses(model, randn(4, 6)))
+        model.set_adapter("default")
+        engine.backward(square_losses(model, randn(4, 6)))
+
+    def test_scale_of_the_adapter_is_read_each_time(self):
+        model = self.adapted()
+        other = copy.deepcopy(model)
+        engine = PerSampleGradients(model)
+        for changed in (model, other):
+            changed.base_model.model.layer.set_scale("default", 3.0)
+        truth = one_by_one(other, randn(4, 6))
+        assert relative_error(engine.backward(square_losses(model, randn(4, 6))).materialize(), truth) < 1e-12
