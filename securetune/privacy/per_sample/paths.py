@@ -114,7 +114,7 @@ class Path:
     def _refuse_replaced(self) -> None:
         """Refuse parameters in the place of those that the engine knows: they would get no gradient."""
         for part, key, place in self._owned:
-            if part._parameters.get(key) is not place.parameter:
+            if key not in part._parameters or part._parameters[key] is not place.parameter:
                 raise PrivacyError(
                     f"{place.name} is another tensor than when PerSampleGradients was made, and would get no "
                     "gradient (load_state_dict(assign=True), functional_call, a new parameter). Load weights "
