@@ -30,6 +30,7 @@ from securetune.privacy.per_sample.layout import (
     count_owners,
     flatten,
     lay_out_rows,
+    refuse_changed,
     trainable_parameters,
 )
 from securetune.privacy.per_sample.paths import Path
@@ -160,6 +161,11 @@ class PerSampleGradients:
                 "or sum over the batch mixes samples: use reduction='none' and reduce within each sample "
                 "only."
             )
+        if len(losses) and not losses.requires_grad:
+            raise PrivacyError(
+                "losses are not attached to a graph, so nothing would be trained: they were detached, or "
+                "computed under torch.no_grad() or from frozen layers alone. Compute them with gradients."
+            )
         if unit_ids is not None and len(unit_ids) != len(losses):
             raise PrivacyError(f"unit_ids has {len(unit_ids)} entries for {len(losses)} losses.")
         self._start(len(losses))
@@ -179,7 +185,7 @@ class PerSampleGradients:
 
     def _run(self, losses: Tensor, taker: Taker | None, *, retain_graph: bool = False) -> None:
         """Run one backward pass that records, with a proof before the first of its kind."""
-        self._refuse_unfrozen()
+        refuse_changed(self.parameters, self._frozen)
         self._refuse_leftover_gradients("before the pass")
         self._recording = True
         try:
@@ -478,15 +484,6 @@ class PerSampleGradients:
     def refuse_coupled(self, g: Tensor, name: str) -> None:
         """In a pass that proves isolation, raise if a loss of it reaches the rows of a sample left out."""
         self._isolation.refuse_coupled(self.by_sample(g, name), name)
-
-    def _refuse_unfrozen(self) -> None:
-        unfrozen = [name for name, parameter in self._frozen if parameter.requires_grad]
-        if unfrozen:
-            raise PrivacyError(
-                f"{unfrozen[0]} was unfrozen after PerSampleGradients was made, and {len(unfrozen) - 1} "
-                "others: it would train without clipping and without noise. Freeze it again, or unfreeze it "
-                "before."
-            )
 
     def _refuse_leftover_gradients(self, when: str) -> None:
         found = [place for place in self.parameters if place.parameter.grad is not None]

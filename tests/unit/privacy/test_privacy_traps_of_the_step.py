@@ -240,6 +240,14 @@ def test_trap_31_optimizer_must_own_the_trainable_parameters_and_nothing_else(wh
         step.finish()
 
 
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_trap_31_optimizer_that_cannot_take_the_step_is_refused_before_anything_is_charged(kind):
+    engine = PerSampleGradients(small_model(tied=False))
+    optimizer = kind([place.parameter for place in engine.parameters])
+    with pytest.raises(PrivacyError, match=rf"{kind.__name__} .* Use another, such as torch\.optim\.AdamW"):
+        private(engine, optimizer=optimizer)
+
+
 def test_trap_31_parameter_unfrozen_later_is_refused_whoever_owns_it():
     model = small_model(tied=True)
     model.places.requires_grad_(False)
