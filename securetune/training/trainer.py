@@ -134,7 +134,8 @@ class PrivateTrainer(Trainer):
         public_eval_dataset: Any = None,
         **options: Any,
     ) -> None:
-        refuse_options(args, options, has_clipping=clipping is not None)
+        first_row = train_dataset[0] if len(train_dataset) else None
+        refuse_options(args, options, first_row=first_row, has_clipping=clipping is not None)
         public = public_eval_dataset
         if any(part is train_dataset for part in (public.values() if isinstance(public, dict) else [public])):
             raise ConfigError(

@@ -14,18 +14,31 @@ FP16 = (
 )
 
 
-def refuse_options(args: "TrainingArguments", options: Mapping[str, Any], *, has_clipping: bool) -> None:
+_TEXT_COLUMNS = {"messages", "prompt", "completion", "text"}
+_MODEL_INPUTS = {"input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values"}
+
+
+def refuse_options(
+    args: "TrainingArguments", options: Mapping[str, Any], *, first_row: Any, has_clipping: bool
+) -> None:
     """Refuse, all at once, what the guarantee does not survive or what would be ignored.
 
     Args:
         args: The arguments as the user gave them.
         options: Further arguments of the trainer.
+        first_row: One of the rows to train on; only the names of its columns count.
         has_clipping: Whether a clipping was given, so that ``max_grad_norm`` is not used.
 
     Raises:
         ConfigError: If anything must be refused.
     """
+    columns = set(first_row) if isinstance(first_row, Mapping) else set()
     checks = [
+        (
+            bool(columns & _TEXT_COLUMNS) and not columns & _MODEL_INPUTS and args.remove_unused_columns,
+            f"train_dataset with the columns {', '.join(sorted(columns & _TEXT_COLUMNS))}: the model takes "
+            "tokens. Give encode_sft(rows, tokenizer, max_length=...) from securetune.data.sft.",
+        ),
         (args.fp16, FP16),
         (
             args.max_grad_norm <= 0 and not has_clipping,

@@ -59,8 +59,9 @@ def recurrent_path(engine: Any, name: str, module: nn.Module) -> RecurrentPath |
         The path, not yet attached. None also for a subclass with a forward of its own.
     """
     known = (nn.RNN, nn.LSTM, nn.GRU)
-    has_known_forward = any(type(module).forward is kind.forward for kind in known)
-    return RecurrentPath(engine, name, module) if isinstance(module, known) and has_known_forward else None
+    if isinstance(module, known) and any(type(module).forward is kind.forward for kind in known):
+        return RecurrentPath(engine, name, module)
+    return None
 
 
 def _swapped(state: Any) -> Any:

@@ -260,6 +260,13 @@ def test_option_that_breaks_the_guarantee_is_refused_by_name(tmp_path, option):
         trainer_for(tmp_path, args=arguments(tmp_path, **option))
 
 
+@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"messages": []}])
+def test_rows_that_are_still_text_are_refused_with_the_remedy(tmp_path, row):
+    with pytest.raises(ConfigError, match=r"columns \w+.*the model takes tokens. Give encode_sft\(rows"):
+        trainer_for(tmp_path, train_dataset=[row] * 9)
+    trainer_for(tmp_path, train_dataset=[row | ROWS[0]] * 9)
+
+
 @pytest.mark.parametrize("is_frozen_before", [True, False])
 def test_parameters_that_join_the_optimizer_later_are_refused(tmp_path, is_frozen_before):
     model = lora(tiny_llama())
