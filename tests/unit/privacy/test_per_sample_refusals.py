@@ -159,6 +159,13 @@ class TestModules:
         model = using(kind(6, 3, batch_first=True), use)
         refused(model, randn(4, 5, 6), "rows of several samples lie mixed.*Pad them instead")
 
+    def test_bags_of_several_samples_in_one_row(self):
+        model = using(
+            nn.EmbeddingBag(9, 6), lambda layer, ids: layer(ids.flatten(), 2 * torch.arange(len(ids)))
+        )
+        with pytest.raises(PrivacyError, match=r"EmbeddingBag.* give \[B, T\]"):
+            PerSampleGradients(model).model(torch.arange(8).view(4, 2))
+
     def test_attention_of_torch_that_is_not_batch_first(self):
         def use(layer, x):
             x = x.transpose(0, 1)
