@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,9 +25,10 @@ from ._harness import (
     current_commit,
     device_name,
     package_versions,
-    print_table,
 )
 from ._plots import draw
+from ._tables import print_kernels, print_table
+from .bench_kernels import NAME as KERNELS
 from .bench_kernels import OPS, works
 
 FOLDER = Path(__file__).resolve().parent
@@ -63,10 +65,20 @@ def show(json_file: Path, plots: Path | None) -> int:
         return EXIT_USAGE
     lines = json_file.read_text(encoding="utf-8").splitlines()
     results = [Result(**json.loads(line)) for line in lines]
-    print_table(results)
+    _print(results)
     if plots is not None:
         _draw(results, plots)
     return 0
+
+
+def _print(results: Sequence[Result]) -> None:
+    kernels = [result for result in results if result.benchmark in OPS]
+    others = [result for result in results if result.benchmark not in (*OPS, KERNELS)]
+    if others:
+        print_table(others)
+    if len(others) < len(results):
+        is_whole = any(result.benchmark == KERNELS for result in results)
+        print_kernels(kernels, list(works()), with_rest=is_whole)
 
 
 def _draw(results: list[Result], folder: Path) -> None:
@@ -126,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
             status = EXIT_FAILED
     if results:
         print()
-        print_table(results)
+        _print(results)
     # a quick run shows nothing worth keeping
     folder = options.plots or (None if options.quick else RESULTS)
     if folder is not None and any(result.benchmark == "kernels" for result in results):

@@ -28,13 +28,12 @@ import math
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Written between timed calls on a GPU: larger than any L2 cache (50 MB on H100), and it takes long enough
 # (a few hundred microseconds) that the launches of the timed call are queued before the GPU gets to them.
 FLUSH_BYTES = 1 << 29
+COMPARED_AT_ONCE = 1 << 26  # entries of two outputs, widened to float64
 
 
 class DoesNotFit(Exception):
@@ -154,9 +154,12 @@ def check_agreement(what: str, actual: Tensor, expected: Tensor, *, tolerance: f
     """
     if actual.shape != expected.shape:
         raise OutputsDiffer(f"{what}: shape {tuple(actual.shape)} against {tuple(expected.shape)}.")
-    truth = expected.detach().double().cpu()
-    distance = (actual.detach().double().cpu() - truth).norm().item()
-    error = distance / max(truth.norm().item(), 1e-300) if distance else 0.0
+    distance = size = torch.zeros((), dtype=torch.float64, device=expected.device)
+    parts = (tensor.detach().flatten().split(COMPARED_AT_ONCE) for tensor in (actual, expected))
+    for ours, truth in zip(*parts, strict=True):  # where they are: a model's gradient takes long to move
+        distance = distance + (ours.to(distance) - truth.double()).square().sum()
+        size = size + truth.double().square().sum()
+    error = math.sqrt(float(distance)) / max(math.sqrt(float(size)), 1e-300) if distance else 0.0
     if not error <= tolerance:
         raise OutputsDiffer(f"{what}: relative error {error:.3g}, allowed {tolerance:.3g}.")
     return Agreement(what, error, tolerance)
@@ -447,53 +450,3 @@ def current_commit() -> str:
     except FileNotFoundError:
         return "unknown"
     return described.stdout.strip() or "unknown"
-
-
-def print_table(results: Sequence[Result], out: TextIO | None = None) -> None:
-    """Print one row per result."""
-    out = out or sys.stdout
-    header = (
-        "benchmark",
-        "metric",
-        "shape",
-        "dtype",
-        "value",
-        "baseline",
-        "baseline value",
-        "ratio [q20, q80]",
-    )
-    rows: list[tuple[str, ...]] = [header]
-    for result in results:
-        ratio = "" if result.ratio is None else f"{result.ratio:.3f}"
-        if "ratio_q20" in result.quantiles:
-            ratio += f" [{result.quantiles['ratio_q20']:.3f}, {result.quantiles['ratio_q80']:.3f}]"
-        baseline_value = (
-            "" if result.baseline_value is None else _with_unit(result.baseline_value, result.unit)
-        )
-        rows.append(
-            (
-                result.benchmark,
-                result.metric,
-                result.shape,
-                result.dtype,
-                _with_unit(result.value, result.unit),
-                result.baseline or "",
-                baseline_value,
-                ratio,
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    for row in rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out
-        )
-
-
-def _with_unit(value: float, unit: str) -> str:
-    if unit == "s":
-        for scale, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
-            if value >= scale or name == "us":
-                return f"{value / scale:.3g} {name}"
-    if unit == "B":
-        return f"{value / 2**20:.1f} MiB"
-    return f"{value:.4g} {unit}"

@@ -118,7 +118,7 @@ def _baselines(
         f"torch {version} (eager)": lambda: in_torch(grads, accumulator)
     }
     if context.device.type == "cuda":
-        compiled = torch.compile(in_torch)
+        compiled = torch.compile(in_torch, dynamic=False)
         baselines[f"torch {version} (compile)"] = lambda: compiled(grads, accumulator)
     if shape.dtype == torch.float32:
         # in half precision Opacus sums in that precision, which is another result

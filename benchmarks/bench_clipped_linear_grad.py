@@ -67,6 +67,6 @@ def _baselines(
         f"torch {version} (einsum in the inputs' dtype)": in_inputs_dtype,
     }
     if context.device.type == "cuda":
-        compiled = torch.compile(in_torch)
+        compiled = torch.compile(in_torch, dynamic=False)
         baselines[f"torch {version} (compile)"] = lambda: compiled(a, g, factors, out)
     return baselines

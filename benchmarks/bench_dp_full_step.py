@@ -37,8 +37,9 @@ PACKAGES = ("transformers", "opacus")
 
 def run(context: Context) -> Iterator[Result]:
     """Measure time and peak memory from forward to clipped sum, then noise and update."""
-    if importlib.util.find_spec("transformers") is None:
-        raise DoesNotFit("transformers is not installed.")
+    for package in ("transformers", "cryptography"):
+        if importlib.util.find_spec(package) is None:
+            raise DoesNotFit(f"{package} is not installed.")
     cases = [Case("SmolLM2-135M untied", 8, 64, 0, torch.float32)]
     if context.device.type == "cuda" and not context.quick:
         cases = [
@@ -116,13 +117,13 @@ def _measure_update(case: Case, context: Context) -> Iterator[Result]:
         optimizer.step()
 
     def ours() -> None:
-        step = next(steps)
-        update(lambda start, length: source.normal(step=step, start=start, count=length, stddev=1.0))
+        where = {"step": next(steps), "device": context.device}
+        update(lambda start, length: source.normal(start=start, count=length, stddev=1.0, **where))
 
     def baseline() -> None:
         update(lambda _start, length: torch.randn(length, device=context.device))
 
-    noise = source.normal(step=next(steps), count=1 << 20, stddev=1.0).double()
+    noise = source.normal(step=next(steps), count=1 << 20, stddev=1.0, device=context.device).double()
     moments = torch.stack([noise.mean(), noise.std()]) + 1.0  # mean near 0, deviation near 1
     agreement = check_agreement(
         "mean and deviation of the noise", moments, moments.new_tensor([1.0, 2.0]), tolerance=1e-2

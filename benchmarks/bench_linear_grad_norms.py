@@ -61,6 +61,6 @@ def _baselines(a: Tensor, g: Tensor, context: Context) -> dict[str, Callable[[],
         "Opacus' ghost norms" + (f", as in opacus {opacus}" if opacus else ""): opacus_way,
     }
     if context.device.type == "cuda":
-        compiled = torch.compile(in_torch)
+        compiled = torch.compile(in_torch, dynamic=False)
         baselines[f"torch {version} (compile, Gram)"] = lambda: compiled(a, g)
     return baselines

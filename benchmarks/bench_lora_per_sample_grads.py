@@ -154,5 +154,5 @@ def _baselines(adapters: list[Adapter], buffer: Tensor, context: Context) -> dic
         "Opacus' einsum per layer" + (f", as in opacus {opacus}" if opacus else ""): opacus_way,
     }
     if context.device.type == "cuda":
-        baselines[f"torch {version} (compile)"] = torch.compile(in_torch)
+        baselines[f"torch {version} (compile)"] = torch.compile(in_torch, dynamic=False)
     return baselines

@@ -86,6 +86,6 @@ def _baselines(g: Tensor, x: Tensor, inverse: Tensor, context: Context) -> dict[
         "Opacus' einsum" + (f", as in opacus {opacus}" if opacus else ""): opacus_way,
     }
     if context.device.type == "cuda":
-        compiled = torch.compile(in_torch)
+        compiled = torch.compile(in_torch, dynamic=False)
         baselines[f"torch {version} (compile)"] = lambda: compiled(g, x, inverse)
     return baselines

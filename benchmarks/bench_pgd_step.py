@@ -83,7 +83,7 @@ def _run_norm(shape: Shape, norm: Norm, context: Context) -> Iterator[Result]:
         f"torch {version} (eager)": lambda: in_torch(delta, grad, mask)
     }
     if context.device.type == "cuda":
-        compiled = torch.compile(in_torch)
+        compiled = torch.compile(in_torch, dynamic=False)
         baselines[f"torch {version} (compile)"] = lambda: compiled(delta, grad, mask)
     label = label_of(shape, norm)
     dtype = str(shape.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Shared by all tests: Triton's interpreter without a GPU, the ``gpu`` marker, poisoned kernel memory."""
+"""Shared by all tests: Triton's interpreter without a GPU, the ``gpu`` marker, watched kernel memory."""
 
 import importlib
 import os
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.memory_watch import watch_memory
 
 # must be set before the first `import triton`
 if not torch.cuda.is_available():
@@ -25,8 +27,9 @@ KERNEL_MODULES = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker, so that the tests also run without the project's configuration file."""
+    """Register the markers, so that the tests also run without the project's configuration file."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped elsewhere")
+    config.addinivalue_line("markers", "xdist_group(name): run by one of pytest-xdist's workers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,12 +64,14 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def poisoned_memory() -> Iterator[None]:
-    """Make every output a kernel launcher allocates NaN, so that an element left unwritten is seen."""
+    """Make every output a launcher allocates NaN, and interpreted kernels keep to their arguments."""
     pytest.importorskip("triton")
     patch = pytest.MonkeyPatch()
     for module in KERNEL_MODULES:
         # by object: the attribute clip_and_accumulate of the package is the function, not the folder
         patch.setattr(importlib.import_module(module), "torch", PoisonedTorch())
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        watch_memory(patch)
     yield
     patch.undo()
 

@@ -29,19 +29,19 @@ def factors(*lead, d, p, dtype=torch.float32, device="cpu", seed=0):
 def with_strides(x, order, steps):
     """Copy ``x`` into memory where its dimensions lie in ``order``, ``steps`` elements apart."""
     sizes = [x.shape[dim] * steps[dim] for dim in order]
-    memory = x.new_full(sizes, float("nan"))
+    memory = x.new_full(sizes, float("nan") if x.is_floating_point() else 1)
     inverse = [order.index(dim) for dim in range(x.ndim)]
     view = memory.permute(inverse)[tuple(slice(None, None, step) for step in steps)]
     return view.copy_(x)
 
 
-def sparse_memory(shape, strides, device, path):
-    """Allocate float16 memory with large gaps; on a CPU in a sparse file, so that it takes no memory."""
+def sparse_memory(shape, strides, device, path, dtype=torch.float16):
+    """Allocate zeros with large gaps; on a CPU in a sparse file, so that they take no memory."""
     reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if device.type == "cuda":
-        storage = torch.zeros(reach, dtype=torch.float16, device=device)
+        storage = torch.zeros(reach, dtype=dtype, device=device)
     else:
         with path.open("wb") as file:
-            file.truncate(2 * reach)
-        storage = torch.from_file(str(path), shared=True, size=reach, dtype=torch.float16)
+            file.truncate(dtype.itemsize * reach)
+        storage = torch.from_file(str(path), shared=True, size=reach, dtype=dtype)
     return storage.as_strided(shape, strides)

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
+# Where the ops are registered for torch.compile, which takes each as one node of its graph. The package's
+# name, which differs between an installation and each copy that the kernel hub loads: every copy has its own.
+NAMESPACE = __name__.partition(".")[0]
 
 logger = logging.getLogger(__name__)
 

@@ -12,16 +12,43 @@ BLOCK_COLUMNS = 4096
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute float32 products in float32: TF32 and bfloat16 shortcuts would loosen the clipping."""
+    """Compute float32 products in float32: autocast, TF32 and bfloat16 would loosen the clipping."""
     settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
     before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
+    with without_autocast():
+        try:
+            for setting in settings:
+                setting.fp32_precision = "ieee"
+            yield
+        finally:
+            for setting, value in zip(settings, before, strict=True):
+                setting.fp32_precision = value
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the dtypes that are given, also inside a caller's ``torch.autocast``."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
+
+
+def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Add ``rows[i]`` to ``out[index[i]]`` in a fixed order, which ``index_add_`` does not keep on a GPU.
+
+    Args:
+        out: ``[V, ...]``: added to in place.
+        index: ``[N]``, int64 or int32.
+        rows: ``[N, ...]``, dtype of ``out``.
+
+    Returns:
+        ``out``.
+    """
+    if out.is_cuda:
+        return out.index_put_((index.long(),), rows, accumulate=True)
+    return out.index_add_(0, index, rows)
 
 
 def row_squared_norms(rows: Tensor) -> Tensor:

@@ -177,12 +177,6 @@ def _noise(privacy: "PrivacyConfig") -> Iterator[Problem]:
     path = "privacy.noise"
     if not privacy.enabled:
         yield path, "has no effect with privacy.enabled = false: no noise is added. Remove it."
-    if privacy.unit == "user":
-        yield (
-            path,
-            "cannot be 'matrix_factorization' with unit = 'user': users have no fixed order of batches here. "
-            "Set it to 'gaussian'.",
-        )
     if privacy.clipping.mode == "adaptive":
         yield (
             "privacy.clipping.mode",

@@ -243,12 +243,11 @@ def box_muller(words: np.ndarray) -> np.ndarray:
     radius = np.log(radius)
     radius *= -2.0
     radius = np.sqrt(radius)
-    angle = uniform[1::2] * (2.0**-64 * 2.0 * math.pi)
+    # torch's cosine is five times as fast as numpy's
+    angle = torch.from_numpy(uniform[1::2] * (2.0**-64 * 2.0 * math.pi))
     normals = np.empty(len(words), dtype=np.float64)
-    normals[0::2] = np.cos(angle)
-    normals[1::2] = np.sin(angle)
-    normals[0::2] *= radius
-    normals[1::2] *= radius
+    np.multiply(angle.cos().numpy(), radius, out=normals[0::2])
+    np.multiply(angle.sin().numpy(), radius, out=normals[1::2])
     return normals
 
 

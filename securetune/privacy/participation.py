@@ -9,13 +9,13 @@ Nothing here is amplified by sampling: the guarantee holds against someone who k
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 
 from securetune.errors import PrivacyError
-from securetune.privacy.loss_distribution import check_steps
-from securetune.privacy.noise import SAMPLING_STREAM, SecretKey, keystream_words, refuse_to_copy, secret_key
+from securetune.privacy.loss_distribution import FIXED_ORDER, check_steps
+from securetune.privacy.noise import SAMPLING_STREAM, SecretKey, keystream_words
+from securetune.privacy.sampling import Sampler
 
 __all__ = ["EpochOrderSampler", "Participation", "ParticipationTracker"]
 
@@ -118,8 +118,11 @@ class ParticipationTracker:
         self._last_step = step
 
 
-class EpochOrderSampler:
+class EpochOrderSampler(Sampler):
     """Give each record a secret batch of its own, once, and take the batches in turn: fixed-order epochs.
+
+    With :class:`securetune.privacy.units.UserSampler` it is users that have a batch of their own. To the
+    accountant, a step on these samples is a whole run of one mechanism, at rate 1.
 
     Record ``i`` belongs to batch ``floor(w * batches_per_epoch / 2**32)``, where ``w`` is the high half of
     word ``i`` of the ChaCha20 keystream (step 0 of stream ``SAMPLING_STREAM``, in the layout of
@@ -145,19 +148,16 @@ class EpochOrderSampler:
     def __init__(
         self, num_records: int, batches_per_epoch: int, *, steps: int, key: bytes | SecretKey | None = None
     ) -> None:
-        if num_records < 1:
-            raise ValueError(f"num_records must be >= 1, got {num_records}.")
         if not 1 <= batches_per_epoch <= _MAX_BATCHES:
             raise ValueError(f"batches_per_epoch must be from 1 to {_MAX_BATCHES}, got {batches_per_epoch}.")
         check_steps(steps, at_least=1)
+        super().__init__(num_records, 1.0, FIXED_ORDER, key)
         self._participation = Participation(
             steps=steps,
             max_participations=-(-steps // batches_per_epoch),
             min_separation=batches_per_epoch,
         )
-        self._has_secret_key = not isinstance(key, bytes)
-        self._num_records = num_records
-        words = keystream_words(secret_key(key), stream=SAMPLING_STREAM, step=0, start=0, count=num_records)
+        words = keystream_words(self._key, stream=SAMPLING_STREAM, step=0, start=0, count=num_records)
         self._batch_of = (words >> np.uint64(32)) * np.uint64(batches_per_epoch) >> np.uint64(32)
 
     def __repr__(self) -> str:
@@ -168,23 +168,10 @@ class EpochOrderSampler:
             f"steps={self._participation.steps}, key={key})"
         )
 
-    def __reduce__(self) -> NoReturn:
-        raise refuse_to_copy("EpochOrderSampler")
-
-    @property
-    def num_records(self) -> int:
-        """Number of records sampled from."""
-        return self._num_records
-
     @property
     def participation(self) -> Participation:
         """The pattern that these batches keep: the one that the mechanism must be built for."""
         return self._participation
-
-    @property
-    def reportable_epsilon(self) -> bool:
-        """Whether an epsilon may be reported for these batches: false for a fixed test key."""
-        return self._has_secret_key
 
     def draw(self, step: int) -> list[int]:
         """Give the batch of one step.

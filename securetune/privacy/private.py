@@ -380,6 +380,13 @@ def make_private(
             f"the sampler draws from {sampler.num_records} records, but {len(records)} are given. Make it "
             "with num_records=len(records), or with the user of each record in its order."
         )
+    if sampler.participation is not None:
+        raise ValueError(
+            f"{sampler!r} takes batches in a fixed order, where independent noise would cost far more than "
+            "on random samples. Give sample_rate or a random sampler, or build a PrivateStep with "
+            "CorrelatedNoise and WholeRunCharge, as a recipe does with privacy.noise = "
+            "'matrix_factorization'."
+        )
     planned_units = expected_batch_size / sampler.sample_rate
     if delta * planned_units > 1 + 1e-9:
         raise ValueError(

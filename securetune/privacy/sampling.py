@@ -34,6 +34,8 @@ from securetune.privacy.noise import (
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
+    from securetune.privacy.participation import Participation
+
 __all__ = [
     "FixedSizeSampler",
     "PaddedBatch",
@@ -144,6 +146,11 @@ class Sampler(abc.ABC):
     def reportable_epsilon(self) -> bool:
         """Whether an epsilon may be reported for these samples: false for a fixed test key."""
         return self._has_secret_key
+
+    @property
+    def participation(self) -> "Participation | None":
+        """How often, and how far apart, a record is taken; ``None`` where chance decides at each step."""
+        return None
 
     @abc.abstractmethod
     def draw(self, step: int) -> list[int]:

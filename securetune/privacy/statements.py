@@ -19,14 +19,14 @@ def sampling_statement(header: "LedgerHeader") -> str:
         A sentence without a full stop.
     """
     unit = header.unit
-    if header.sampler == "fixed order":
-        return (
-            f"batches in a secret fixed order, without amplification by sampling; "
-            f"{header.neighbouring_relation} {unit}; the number of {unit}s is private"
-        )
     limit = "" if header.max_batch_size is None else f", at most {header.max_batch_size:,} {unit}s a step"
     if unit != "record":
         limit += f", up to {header.max_records_per_unit} records of each"
+    if header.sampler == "fixed order":
+        return (
+            f"batches in a secret fixed order, without amplification by sampling{limit}; "
+            f"{header.neighbouring_relation} {unit}; the number of {unit}s is private"
+        )
     if header.num_records is None:
         size = f"the number of {unit}s is private"
     else:

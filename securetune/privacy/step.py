@@ -9,6 +9,7 @@ the public gradient if there is one, and lets any optimizer update.
 Dimensions: ``B`` samples, ``U`` privacy units, ``P`` trainable parameters.
 """
 
+import inspect
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -65,6 +66,7 @@ class OrdinaryStep:
         self.grads = grads
         self.optimizer = optimizer
         self.expected_batch_size = expected_batch_size
+        _refuse_kind(optimizer)
         self._reduction = reduction or SingleProcess()
         self._reduction.refuse_other_parameters(grads, optimizer)
         self._sum = Accumulator(grads, self._reduction)
@@ -142,7 +144,7 @@ class PrivateStep(OrdinaryStep):
     Raises:
         PrivacyError: If a value is out of its range, the ledger was opened for another noise multiplier or
             charges for noise of another kind, the noise belongs to another run, or the optimizer owns other
-            parameters than the trainable ones.
+            parameters than the trainable ones or cannot step on given gradients.
     """
 
     def __init__(
@@ -313,6 +315,19 @@ class PrivateStep(OrdinaryStep):
                 "into one."
             )
         own.update(ids)
+
+
+def _refuse_kind(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse, before anything is charged, an optimizer whose ``step()`` would fail after it."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+    if needs_closure or isinstance(optimizer, torch.optim.SparseAdam):
+        why = (
+            "computes the loss several times in one step, and each time would be a release of its own"
+            if needs_closure
+            else "takes sparse gradients, and noise makes all of them dense"
+        )
+        raise PrivacyError(f"{type(optimizer).__name__} {why}. Use another, such as torch.optim.AdamW.")
 
 
 def _refuse_other_noise(noise: Noise, ledger: Charges) -> None:

@@ -11,6 +11,8 @@ from securetune.privacy.sampling import Sampler, SamplingStatement
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
+    from securetune.privacy.participation import Participation
+
 __all__ = ["DrawnRecord", "UserSampler"]
 
 
@@ -109,6 +111,11 @@ class UserSampler:
     def reportable_epsilon(self) -> bool:
         """Whether an epsilon may be reported for these samples: false for a fixed test key."""
         return self._has_secret_key and self._sampler.reportable_epsilon
+
+    @property
+    def participation(self) -> "Participation | None":
+        """How often, and how far apart, a user is taken; ``None`` where chance decides at each step."""
+        return self._sampler.participation
 
     def draw(self, step: int) -> list[DrawnRecord]:
         """Draw the records of one step; the same step of the same sampler gives the same records.

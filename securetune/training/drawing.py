@@ -15,7 +15,7 @@ from securetune.privacy.sampling import (
 from securetune.privacy.units import UserSampler
 
 NewKey = Callable[[], SecretKey]
-UnitSampler = Sampler | UserSampler | EpochOrderSampler
+UnitSampler = Sampler | UserSampler
 
 
 def make_unit_sampler(
@@ -39,32 +39,27 @@ def make_unit_sampler(
     Raises:
         DataError: If there are more units than places.
     """
-    privacy = recipe.privacy
-    if privacy.sampling == "fixed_order":
-        left = max(1, privacy.steps - steps_done)
-        return EpochOrderSampler(len(user_ids), round(1 / privacy.sample_rate), steps=left, key=_key(new_key))
-    if privacy.unit == "record":
-        return make_sampler(recipe, len(user_ids), new_key=new_key)
+    if recipe.privacy.unit == "record":
+        return make_sampler(recipe, len(user_ids), steps_done=steps_done, new_key=new_key)
     return UserSampler(
         [user or "" for user in user_ids],
-        make_sampler(recipe, len(set(user_ids)), new_key=new_key),
+        make_sampler(recipe, len(set(user_ids)), steps_done=steps_done, new_key=new_key),
         max_records_per_user=most_records_of_a_user(recipe),
         key=_key(new_key),
     )
 
 
-def planned_sampler(recipe: Recipe) -> Sampler | UserSampler:
+def planned_sampler(recipe: Recipe, *, steps_done: int = 0) -> UnitSampler:
     """Make the recipe's sampler of a single unit, to plan with: how many there are is in no public number.
 
     Args:
-        recipe: The recipe, whose batches are not in a fixed order.
+        recipe: The recipe.
+        steps_done: Steps of the run that are behind it.
 
     Returns:
         The sampler.
     """
-    sampler = make_unit_sampler(recipe, ["somebody"])
-    assert not isinstance(sampler, EpochOrderSampler)
-    return sampler
+    return make_unit_sampler(recipe, ["somebody"], steps_done=steps_done)
 
 
 def most_records_of_a_user(recipe: Recipe) -> int:
@@ -74,7 +69,9 @@ def most_records_of_a_user(recipe: Recipe) -> int:
     return most
 
 
-def make_sampler(recipe: Recipe, num_units: int, *, new_key: NewKey | None = None) -> Sampler:
+def make_sampler(
+    recipe: Recipe, num_units: int, *, steps_done: int = 0, new_key: NewKey | None = None
+) -> Sampler:
     """Make the recipe's sampler of units.
 
     Where the accounting makes the number of units public, the sampler draws places instead, of which there
@@ -84,6 +81,7 @@ def make_sampler(recipe: Recipe, num_units: int, *, new_key: NewKey | None = Non
     Args:
         recipe: The recipe.
         num_units: Units (records, or users) there are to train on.
+        steps_done: Steps of the run that are behind it.
         new_key: Makes keys that the processes of the run share.
 
     Returns:
@@ -93,6 +91,9 @@ def make_sampler(recipe: Recipe, num_units: int, *, new_key: NewKey | None = Non
         DataError: If there are more units than places.
     """
     privacy = recipe.privacy
+    if privacy.sampling == "fixed_order":
+        left = max(1, privacy.steps - steps_done)
+        return EpochOrderSampler(num_units, round(1 / privacy.sample_rate), steps=left, key=_key(new_key))
     if privacy.num_units is None:
         return PoissonSampler(num_units, privacy.sample_rate, _key(new_key))
     require_places(recipe, num_units)

@@ -100,9 +100,9 @@ def _measure(recipe: Recipe, base: "BaseModel", tokens: int) -> _Speed:
     width = base.model.config.get_text_config().hidden_size
     embeds = torch.zeros((_PROBE_ROWS, tokens, width), dtype=base.dtype, device=base.device)
 
-    def run() -> "Tensor":
+    def run(rows: int = _PROBE_ROWS) -> "Tensor":
         with computing_in(base.autocast, base.device):
-            return decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state.float()
+            return decoder(inputs_embeds=embeds[:rows], use_cache=False).last_hidden_state.float()
 
     def forward() -> None:
         with torch.no_grad():
@@ -118,6 +118,7 @@ def _measure(recipe: Recipe, base: "BaseModel", tokens: int) -> _Speed:
         per_training = per_attack
     else:
         with _trained(decoder, recipe) as grads:
+            grads.backward(run(2).sum(dim=(1, 2)))  # the proof of isolation, on as few rows as it takes
             summed = torch.zeros(grads.num_params, device=base.device)
 
             def train() -> None:

@@ -17,14 +17,12 @@ from securetune.privacy.clipping import (
 )
 from securetune.privacy.distributed import Processes, SharedLedger
 from securetune.privacy.ledger import Ledger, LedgerHeader
-from securetune.privacy.loss_distribution import FIXED_ORDER
 from securetune.privacy.matrix_factorization import CorrelatedNoise, MatrixMechanism, WholeRunCharge
 from securetune.privacy.noise import NoiseSource
-from securetune.privacy.participation import EpochOrderSampler
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.reduction import Reduction
 from securetune.privacy.step import PrivateStep
-from securetune.training.drawing import UnitSampler, make_unit_sampler, planned_sampler
+from securetune.training.drawing import UnitSampler, planned_sampler
 from securetune.training.folder import RunFolder
 
 _BANDS = 16
@@ -53,17 +51,14 @@ def planned_header(
     Raises:
         PrivacyError: If the sampler draws otherwise than planned.
     """
-    is_correlated = recipe.privacy.noise == "matrix_factorization"
-    if sampler is None and not is_correlated:
-        sampler = planned_sampler(recipe)
     header = LedgerHeader.from_plan(
         plan,
         reportable_epsilon=reportable_epsilon,
         unit=recipe.privacy.unit,
-        sampler=None if isinstance(sampler, EpochOrderSampler) else sampler,
+        sampler=sampler or planned_sampler(recipe),
         clipping=make_clipping(recipe, noise_multiplier=plan.noise_multiplier),
     )
-    if not is_correlated:
+    if recipe.privacy.noise != "matrix_factorization":
         return header
     mechanism = make_mechanism(recipe, steps_done=0)
     noise = {
@@ -86,11 +81,10 @@ def make_mechanism(recipe: Recipe, *, steps_done: int) -> MatrixMechanism:
     Returns:
         The mechanism; a resumed run starts a new one.
     """
-    sampler = make_unit_sampler(recipe, ["somebody"], steps_done=steps_done)
-    assert isinstance(sampler, EpochOrderSampler)
-    steps = sampler.participation.steps
-    bands = min(recipe.privacy.noise_bands or _BANDS, steps)
-    return MatrixMechanism(participation=sampler.participation, bands=bands)
+    participation = planned_sampler(recipe, steps_done=steps_done).participation
+    assert participation is not None, "a rule of the recipe"
+    bands = min(recipe.privacy.noise_bands or _BANDS, participation.steps)
+    return MatrixMechanism(participation=participation, bands=bands)
 
 
 def privacy_spec(recipe: Recipe) -> PrivacySpec:
@@ -103,21 +97,19 @@ def privacy_spec(recipe: Recipe) -> PrivacySpec:
         What the accountant calibrates for.
     """
     settings = recipe.privacy
-    if settings.noise == "matrix_factorization":  # the whole run is one mechanism, and so is each resumption
-        rate, steps, sampling = 1.0, 1 + settings.planned_resumptions, FIXED_ORDER
-    else:
-        sampler = planned_sampler(recipe)
-        rate, steps, sampling = sampler.sample_rate, settings.steps, sampler.sampling
+    sampler = planned_sampler(recipe)
+    # with correlated noise the whole run is one mechanism, and so is each resumption
+    is_whole = settings.noise == "matrix_factorization"
     return PrivacySpec(
         target_epsilon=settings.target_epsilon,
         delta=settings.delta,
-        sample_rate=rate,
-        steps=steps,
+        sample_rate=sampler.sample_rate,
+        steps=1 + settings.planned_resumptions if is_whole else settings.steps,
         max_grad_norm=settings.max_grad_norm,
         expected_batch_size=settings.expected_batch_size,
-        sampler=sampling.kind,
-        num_records=sampling.num_records,
-        max_batch_size=sampling.max_batch_size,
+        sampler=sampler.sampling.kind,
+        num_records=sampler.sampling.num_records,
+        max_batch_size=sampler.sampling.max_batch_size,
     )
 
 
@@ -220,7 +212,6 @@ def make_private_step(
     """
     correlated = None
     if recipe.privacy.noise == "matrix_factorization":
-        assert isinstance(sampler, EpochOrderSampler)
         correlated = make_mechanism(recipe, steps_done=steps_done)
         assert correlated.participation == sampler.participation
     key = None if processes is None else processes.new_key()

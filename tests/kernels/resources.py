@@ -77,8 +77,8 @@ class Resources:
     tensor_core_word: str
 
 
-def variants() -> Iterator[Variant]:
-    """Yield the launches that the ops make for models of today."""
+def variants(target: str) -> Iterator[Variant]:
+    """Yield the launches that the ops make for models of today on a target."""
     clip = importlib.import_module(CLIP)
     for dtype in ("fp32", "bf16"):
         yield Variant(
@@ -104,9 +104,9 @@ def variants() -> Iterator[Variant]:
     yield from _noise_variants()
     yield from _step_variants()
     yield from _pgd_variants()
-    yield from _linear_variants()
-    yield from _lora_variants()
-    yield from _embedding_variants()
+    yield from _linear_variants(target)
+    yield from _lora_variants(target)
+    yield from _embedding_variants(target)
     yield from _sums_variants()
 
 
@@ -149,7 +149,7 @@ def _step_variants() -> Iterator[Variant]:
         yield Variant(
             STEP, "_noisy_adamw_kernel", kind,
             {**tensors, "exp_avg_ptr": "*fp32", "exp_avg_sq_ptr": "*fp32", "corrections_ptr": "*fp32"},
-            {**numbers, **dict.fromkeys(("beta1", "beta2", "eps", "noise_variance"), "fp32")},
+            {**numbers, **dict.fromkeys(("rest1", "beta2", "rest2", "eps", "noise_variance"), "fp32")},
             {**constants, "IS_DP_CORRECTED": True}, step.NUM_WARPS,
         )  # fmt: skip
         yield Variant(
@@ -197,7 +197,7 @@ def _pgd_variants() -> Iterator[Variant]:
     )  # fmt: skip
 
 
-def _linear_variants() -> Iterator[Variant]:
+def _linear_variants(target: str) -> Iterator[Variant]:
     linear, norms, total = (importlib.import_module(name) for name in (LINEAR, LINEAR_NORMS, LINEAR_SUM))
     sizes = dict.fromkeys(("num_tokens", "num_inputs", "num_outputs"), "i32")
     token_strides = tuple(f"{x}_{kind}_stride" for x in ("a", "g") for kind in ("unit", "token"))
@@ -208,7 +208,7 @@ def _linear_variants() -> Iterator[Variant]:
         torch_dtype = _torch_dtype(dtype)
         factors = {"a_ptr": f"*{dtype}", "g_ptr": f"*{dtype}", "cu_seqlens_ptr": "*i32"}
         for tokens in (32, 64, 128) if dtype != "fp32" else (32, 64):
-            tile = norms.gram_tile(tokens, torch_dtype)
+            tile = norms.gram_tile(tokens, torch_dtype, target)
             yield Variant(
                 LINEAR_NORMS, "_gram_kernel", f"{dtype}, {tile.rows} x {tile.cols} x {tile.depth}",
                 {**factors, "squares_ptr": "*fp32", "lengths_ptr": "*fp32"},
@@ -216,7 +216,7 @@ def _linear_variants() -> Iterator[Variant]:
                 {**fixed, "BLOCK_T": tile.rows, "BLOCK_K": tile.depth, "WIDEN": False},
                 tile.num_warps, tile.num_stages, aligned,
             )  # fmt: skip
-        tile = norms.product_tile(torch_dtype)
+        tile = norms.product_tile("direct", torch_dtype, target)
         blocks = {"BLOCK_P": tile.rows, "BLOCK_D": tile.cols, "WIDEN": False}
         yield Variant(
             LINEAR_NORMS, "_direct_kernel", f"{dtype}, {tile.rows} x {tile.cols} x {tile.depth}",
@@ -230,7 +230,7 @@ def _linear_variants() -> Iterator[Variant]:
             aligned_numbers=aligned,
         )  # fmt: skip
         for tokens in (16, 512):
-            tile = total.sum_tile(tokens, torch_dtype)
+            tile = total.sum_tile(tokens, torch_dtype, target)
             yield Variant(
                 LINEAR_SUM, "_clipped_product_kernel", f"{dtype}, {tile.rows} x {tile.cols} x {tile.depth}",
                 {**factors, "factors_ptr": "*fp32", "out_ptr": "*fp32"},
@@ -240,20 +240,20 @@ def _linear_variants() -> Iterator[Variant]:
                 tile.num_warps, tile.num_stages, (*aligned, "out_row_stride"),
             )  # fmt: skip
     yield Variant(
-        LINEAR, "_add_up_kernel", f"{linear.BLOCK_PARTIALS} tiles",
-        {"partials_ptr": "*fp32", "out_ptr": "*fp32"}, {"num_partials": "i32"},
-        {"BLOCK": linear.BLOCK_PARTIALS}, 4,
+        LINEAR, "_add_up_kernel", f"{linear.BLOCK_PARTIALS} partial sums",
+        {"partials_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "out_ptr": "*fp32"}, {"num_partials": "i32"},
+        {"HAS_SEGMENTS": True, "BLOCK": linear.BLOCK_PARTIALS}, 4,
     )  # fmt: skip
 
 
-def _lora_variants() -> Iterator[Variant]:
+def _lora_variants(target: str) -> Iterator[Variant]:
     lora = importlib.import_module(LORA)
     strides = ("wide_unit_stride", "wide_token_stride", "narrow_unit_stride", "narrow_token_stride",
                "out_unit_stride", "out_wide_stride")  # fmt: skip
     sizes = ("num_units", "num_tokens", "num_tiles", "wide_size", "narrow_size")
     cases = (("bf16", 16, False), ("bf16", 16, True), ("bf16", 64, True), ("fp32", 16, True))
     for dtype, rank, has_table in cases:
-        tile = lora.adapter_tile(rank, _torch_dtype(dtype))
+        tile = lora.adapter_tile(rank, _torch_dtype(dtype), target)
         label = f"{dtype}, {tile.rows} x {tile.cols} x {tile.depth}, {'several' if has_table else 'one'}"
         yield Variant(
             LORA, "_adapter_kernel", label,
@@ -268,7 +268,7 @@ def _lora_variants() -> Iterator[Variant]:
         )  # fmt: skip
 
 
-def _embedding_variants() -> Iterator[Variant]:
+def _embedding_variants(target: str) -> Iterator[Variant]:
     op = importlib.import_module(EMBEDDING)
     strides = tuple(f"{x}_{kind}_stride" for x in ("a", "g", "lookup") for kind in ("unit", "token"))
     sizes = ("num_positions", "num_lookups", "num_rows", "num_features", "ids_unit_stride")
@@ -280,7 +280,7 @@ def _embedding_variants() -> Iterator[Variant]:
             {"g_stride": 1, "BLOCK": op.BLOCK_FEATURES}, op.FEATURE_WARPS,
             aligned_numbers=("num_features", *strides[2:4]),
         )  # fmt: skip
-        tile = op.cross_tile(_torch_dtype(dtype))
+        tile = op.cross_tile(_torch_dtype(dtype), target)
         yield Variant(
             EMBEDDING, "_cross_kernel", f"{dtype}, {tile.rows} x {tile.cols} x {tile.depth}",
             {"a_ptr": f"*{dtype}", "g_ptr": f"*{dtype}", "ids_ptr": "*i64", "lookup_ptr": f"*{dtype}",
@@ -290,11 +290,6 @@ def _embedding_variants() -> Iterator[Variant]:
              "BLOCK_T": tile.cols, "BLOCK_K": tile.depth, "WIDEN": False},
             tile.num_warps, tile.num_stages, ("num_features", *strides),
         )  # fmt: skip
-    yield Variant(
-        EMBEDDING, "_add_up_units_kernel", f"{op.BLOCK_PARTIALS} partial sums",
-        {"partials_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "out_ptr": "*fp32"},
-        {"num_per_unit": "i32", "num_blocks": "i32"}, {"HAS_SEGMENTS": True, "BLOCK": op.BLOCK_PARTIALS}, 4,
-    )  # fmt: skip
 
 
 def _sums_variants() -> Iterator[Variant]:
@@ -396,7 +391,10 @@ def markdown(rows: list[Resources]) -> str:
     for (kernel, label), targets in by_variant.items():
         cells = []
         for target in TARGETS:
-            found = targets[target]
+            found = targets.get(target)
+            if found is None:  # another tile was swept there
+                cells.append("")
+                continue
             spilled = f" **{found.spilled_bytes} B spilled**" if found.spilled_bytes else ""
             products = found.tensor_core_instructions
             tensor_cores = f" / {products} {found.tensor_core_word}" if products else ""
@@ -417,8 +415,8 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
     rows = [
         compile_variant(variant, target)
-        for variant in variants()
         for target in TARGETS
+        for variant in variants(target)
         if not is_refused(variant, target)
     ]
     print(markdown(rows) if options.markdown else json.dumps([dataclasses.asdict(row) for row in rows]))

@@ -249,6 +249,7 @@ def test_strides_are_followed(dtype, backend, kernel_device):
 
 @pytest.mark.parametrize("strides", [(2**31 + 8, 1), (1, 2**30)])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.xdist_group("gigabytes")
 def test_offsets_beyond_32_bits(strides, backend, kernel_device, tmp_path):
     # three entries far apart; on a CPU the storage is a sparse file, so it takes no memory
     shape = (2, 3)
@@ -332,7 +333,7 @@ def test_auto_takes_triton_on_a_gpu():
         ((torch.ones(2, 3), torch.zeros(3).bfloat16(), 1.0), TypeError, "float32.*got torch.bfloat16"),
         ((torch.ones(2, 3), torch.zeros(4), 1.0), ValueError, r"\(3,\) to match .*\(2, 3\), got \(4,\)"),
         ((torch.ones(2, 3), torch.zeros(3, device="meta"), 1.0), ValueError, "is on meta .* on cpu"),
-        ((torch.ones(2, 3), torch.zeros(1).expand(3), 1.0), ValueError, "stride 0"),
+        ((torch.ones(2, 3), torch.zeros(1).expand(3), 1.0), ValueError, r"accumulator has strides \(0,\)"),
         ((torch.ones(2, 3), torch.zeros(3), 0.0), ValueError, "must be > 0 .*got 0.0"),
         ((torch.ones(2, 3), torch.zeros(3), -1.0), ValueError, "must be > 0 .*got -1.0"),
         ((torch.ones(2, 3), torch.zeros(3), math.nan), ValueError, "must be > 0 .*got nan"),

@@ -156,6 +156,7 @@ def test_strides_are_followed(backend, dtype, order, kernel_device):
 
 @pytest.mark.parametrize("strides", [(2**31 + 8, 2, 1), (8, 2**31 + 8, 1), (8, 2, 2**31 + 8)])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.xdist_group("gigabytes")
 def test_offsets_beyond_32_bits(backend, strides, kernel_device, tmp_path):
     a = sparse_memory((2, 2, 2), strides, kernel_device, tmp_path / "sparse")
     values = torch.arange(1.0, 9.0, device=kernel_device).view(2, 2, 2)

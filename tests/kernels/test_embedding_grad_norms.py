@@ -139,6 +139,7 @@ def test_strides_are_followed(backend, dtype, order, kernel_device):
 @pytest.mark.parametrize("strides", [(2**31 + 8, 2, 1), (8, 2**31 + 8, 1), (8, 2, 2**31 + 8)])
 @pytest.mark.parametrize("which", ["a", "g", "lookup_g"])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.xdist_group("gigabytes")
 def test_offsets_beyond_32_bits(backend, which, strides, kernel_device, tmp_path):
     parts = dict(
         zip(("a", "g", "ids", "lookup_g"), tied(2, 2, 2, 2, 2, torch.float16, kernel_device), strict=True)

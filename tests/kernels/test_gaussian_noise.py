@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -219,14 +220,19 @@ def test_no_value_comes_twice(generator, kernel_device):
             assert abs(torch.corrcoef(torch.stack([parts[i], parts[j]]))[0, 1]) < 5 / math.sqrt(1000)
 
 
+def anderson_darling(z):
+    """Anderson and Darling's statistic against the standard normal, which weighs the tails most."""
+    z = np.sort(z)
+    odd = 2 * np.arange(1, len(z) + 1) - 1
+    return -len(z) - (odd * (stats.norm.logcdf(z) + stats.norm.logsf(z[::-1]))).mean()
+
+
 @pytest.mark.parametrize("summands", [1, 4])
 @pytest.mark.parametrize("generator", ["chacha20", "philox"])
 def test_values_are_standard_normal(generator, summands, kernel_device):
     z = draw(20_000 // summands, kernel_device, generator=generator, summands=summands).double().cpu().numpy()
     assert stats.kstest(z, "norm").pvalue > 1e-4
-    assert stats.anderson(z, "norm", method="interpolate").pvalue > 0.01 or abs(z.mean()) < 5 / math.sqrt(
-        len(z)
-    )
+    assert anderson_darling(z) < 3.857  # 1 % of normal samples are above (Stephens 1974, all known)
     assert abs((z**2).mean() - 1) < 5 * math.sqrt(2 / len(z))
     neighbours = (z[:-1] * z[1:]).mean()
     assert abs(neighbours) < 5 / math.sqrt(len(z))
@@ -251,20 +257,6 @@ def test_coefficients_mix_the_noise_of_past_steps(step, backend, kernel_device):
 
 def test_the_same_call_gives_the_same_bits(kernel_device):
     assert torch.equal(draw(3000, kernel_device, step=5), draw(3000, kernel_device, step=5))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_calls_draw_what_eager_ones_do(backend, kernel_device):
-    def noisy(out, key, step):
-        return gaussian_noise(out * 1.0, key=key, step=step, stddev=2.0, start=3, backend=backend) + 1.0
-
-    arguments = (
-        torch.zeros(20, device=kernel_device),
-        KEY.to(kernel_device),
-        torch.tensor([4], device=kernel_device),
-    )
-    compiled = torch.compile(noisy, backend="aot_eager", fullgraph=backend == "triton")
-    assert torch.equal(compiled(*arguments), noisy(*arguments))
 
 
 @pytest.mark.gpu
@@ -292,7 +284,7 @@ def test_no_key_reaches_the_compile_cache(tmp_path):
     script = (
         "import sys; sys.path.insert(0, 'tests/kernels'); sys.path.insert(0, 'kernels')\n"
         "import resources\n"
-        "found = [v for v in resources.variants() if v.kernel == '_gaussian_noise_kernel']\n"
+        "found = [v for v in resources.variants('sm_90') if v.kernel == '_gaussian_noise_kernel']\n"
         "assert found\n"
         "for variant in found:\n"
         "    assert variant.tensors['key_ptr'] == '*i32' and variant.tensors['step_ptr'] == '*i64'\n"
@@ -319,6 +311,8 @@ def test_no_key_reaches_the_compile_cache(tmp_path):
         ({"key": KEY[:7]}, ValueError, r"key must be \[8\].*\(7,\)"),
         ({"step": torch.tensor([0], dtype=torch.int32)}, TypeError, "step must be one int64.*int32"),
         ({"step": torch.tensor([0, 1])}, TypeError, r"step must be one int64.*\(2,\)"),
+        ({"step": torch.tensor([-1])}, ValueError, r"step must be from 0 to 2\^32 - 1, got -1"),
+        ({"step": torch.tensor([2**32])}, ValueError, "got 4294967296"),
         ({"stddev": -0.5}, ValueError, "stddev must be from 0 to 1e.37, got -0.5"),
         ({"stddev": math.nan}, ValueError, "got nan"),
         ({"stddev": math.inf}, ValueError, "got inf"),

@@ -24,6 +24,7 @@ from benchmarks._harness import (
 )
 from benchmarks._plots import draw
 from benchmarks._roofline import H100, least_seconds
+from benchmarks._tables import print_kernels, with_unit
 
 CONTEXT = Context(device=torch.device("cpu"), quick=True)
 SCHEMA = {
@@ -204,6 +205,25 @@ def test_measured_times_stand_beside_the_predictions(tmp_path):
     assert f"{works[0].op} (measured)" in roofline
     assert f"{works[1].op} (measured)" not in roofline
     assert "measured, median" in times
+
+
+def test_prediction_stands_beside_what_was_measured(capsys):
+    works = list(bench_kernels.works())[:2]
+    measured = line_of(works[0], 4 * least_seconds(works[0], H100), "NVIDIA H100 80GB HBM3")
+    print_kernels([measured], works, with_rest=True)
+    header, first, second = capsys.readouterr().out.splitlines()
+    place = header.index("predicted")
+    assert "25 %" in first
+    assert first[place:].startswith(with_unit(least_seconds(works[0], H100), "s"))
+    assert works[1].op in second
+    assert "not measured" in second
+    assert "NVIDIA H100 SXM" in second[place:]
+
+
+def test_prediction_for_another_chip_stands_beside_nothing(capsys):
+    work = next(bench_kernels.works())
+    print_kernels([line_of(work, 1.0, "some CPU")], [work])
+    assert "%" not in capsys.readouterr().out
 
 
 def test_kernels_draw_into_the_folder_that_plots_names(only_benchmark, monkeypatch, tmp_path, capsys):

@@ -124,6 +124,7 @@ def test_strides_are_followed(backend, dtype, order, kernel_device):
     [(2, (2**31 + 8, 2, 1)), (20, (2**31 + 8, 2, 1)), (2, (8, 2**31 + 8, 1)), (2, (8, 2, 2**31 + 8))],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.xdist_group("gigabytes")
 def test_offsets_beyond_32_bits(backend, tokens, strides, kernel_device, tmp_path):
     shape = (2, tokens, 2)
     a = sparse_memory(shape, strides, kernel_device, tmp_path / "sparse")

@@ -150,6 +150,7 @@ def test_strides_are_followed(backend, dtype, order, kernel_device):
 @pytest.mark.parametrize("strides", [(2**31 + 8, 2, 1), (8, 2**31 + 8, 1), (8, 2, 2**31 + 8)])
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.xdist_group("gigabytes")
 def test_offsets_beyond_32_bits(backend, count, strides, kernel_device, tmp_path):
     made, _ = adapters(count, 2, 2, d=2, r=2, p=2, dtype=torch.float16, device=kernel_device)
     truth, _ = exact(made)
@@ -187,6 +188,13 @@ def test_empty_batches_leave_nothing_unwritten(backend, shape, kernel_device):
     assert norms.isfinite().all()
 
 
+def test_empty_gradient_may_have_any_strides():
+    grad_b = torch.zeros(1).expand(2, 0, 2)
+    made = one_adapter(g=torch.ones(2, 3, 0), grad_b=grad_b)
+    lora_per_sample_grads([made], scaling=1.0)
+    assert made.grad_a.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_call_gives_the_same_bits_and_leaves_its_inputs(backend, dtype, kernel_device):
@@ -209,6 +217,20 @@ def test_adapters_of_one_layout_share_a_launch():
     assert not triton_kernels.can_share_a_launch([products[0], products[1]._replace(wide=moved)])
     unaligned = made[1].x.new_zeros(made[1].x.numel() + 1)[1:].view_as(made[1].x)
     assert not triton_kernels.can_share_a_launch([products[0], products[1]._replace(wide=unaligned)])
+
+
+@pytest.mark.gpu
+def test_adapters_in_a_cuda_graph_share_no_launch():
+    made, buffer = adapters(2, 2, 8, d=16, r=4, p=16, device="cuda")
+    lora_per_sample_grads(made[:1], scaling=SCALING)  # compiled before the capture
+    lora_per_sample_grads(made, scaling=SCALING)
+    expected = buffer.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lora_per_sample_grads(made, scaling=SCALING)
+    buffer.zero_()
+    graph.replay()
+    torch.testing.assert_close(buffer, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,6 +8,7 @@ import torch
 from securetune_kernels import ParameterTable, gaussian_noise, noisy_adamw_step, noisy_sgd_step
 from securetune_kernels.gaussian_noise import gaussian_noise_reference
 from securetune_kernels.noisy_step.reference import round_at_random
+from tests.layer_factors import sparse_memory
 
 pytest.importorskip("triton")
 
@@ -57,10 +58,11 @@ def assert_all_close(params, truth, tolerance=2e-6):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_public", [False, True])
-def test_adamw_is_that_of_torch_on_the_noisy_mean(backend, with_public, kernel_device):
+@pytest.mark.parametrize("betas", [(0.8, 0.99), (0.0, 0.9999)])
+def test_adamw_is_that_of_torch_on_the_noisy_mean(backend, betas, with_public, kernel_device):
     params = make_params(kernel_device)
     truth = [torch.nn.Parameter(param.double().cpu()) for param in params]
-    optimizer = torch.optim.AdamW(truth, lr=0.05, weight_decay=0.1, betas=(0.8, 0.99), eps=1e-6)
+    optimizer = torch.optim.AdamW(truth, lr=0.05, weight_decay=0.1, betas=betas, eps=1e-6)
     table = ParameterTable(params)
     moments = torch.zeros(2, TOTAL, device=kernel_device)
     for step in range(4):
@@ -71,7 +73,7 @@ def test_adamw_is_that_of_torch_on_the_noisy_mean(backend, with_public, kernel_d
         optimizer.step()
         noisy_adamw_step(
             table, summed, moments[0], moments[1], count=torch.tensor(step + 1.0, device=kernel_device),
-            betas=(0.8, 0.99), eps=1e-6, public=public, backend=backend, **place(step, kernel_device),
+            betas=betas, eps=1e-6, public=public, backend=backend, **place(step, kernel_device),
             **OPTIONS,
         )  # fmt: skip
         assert summed.equal(torch.zeros_like(summed))
@@ -230,6 +232,28 @@ def test_flat_indices_beyond_32_bits():
     table = ParameterTable([torch.empty(2**31 + 5, device="meta"), torch.empty(2**31, device="meta")])
     assert table.num_params == 2**32 + 5
     assert table.starts == [0, 2**31 + 5]
+
+
+@pytest.mark.xdist_group("gigabytes")
+def test_kernel_beyond_32_bits(kernel_device, tmp_path):
+    """The last entries of a sum of more than 2^31, the rest is not touched."""
+    total, start = 2**31 + 2000, 2**31 + 500
+    summed = sparse_memory((total,), (1,), kernel_device, tmp_path / "summed", torch.float32)
+    param = torch.zeros(total - start, device=kernel_device)
+    table = ParameterTable([param])
+    table.starts, table.num_params = [start], total  # as if another parameter lay before it
+    summed[start:] = vector(0, kernel_device)[: total - start]
+    expected = -noisy_end(summed[start:].double().cpu(), start)
+    noisy_sgd_step(
+        table, summed, stddev=0.5, divisor=1.0, learning_rate=1.0, backend="triton",
+        **place(3, kernel_device),
+    )  # fmt: skip
+    torch.testing.assert_close(param.double().cpu(), expected, rtol=2e-6, atol=2e-6)
+    assert not summed[start:].any()
+
+
+def noisy_end(values, start):
+    return gaussian_noise_reference(values, key=key_of("cpu"), step=torch.tensor(3), stddev=0.5, start=start)
 
 
 @pytest.mark.gpu

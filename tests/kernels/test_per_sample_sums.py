@@ -124,6 +124,7 @@ def test_strides_are_followed(backend, order, kind, kernel_device):
 @pytest.mark.parametrize("strides", [(2**31 + 8, 2, 1), (8, 2**31 + 8, 1), (8, 2, 2**31 + 8)])
 @pytest.mark.parametrize("which", ["g", "x"])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.xdist_group("gigabytes")
 def test_offsets_beyond_32_bits(backend, which, strides, kernel_device, tmp_path):
     g, normalized = inputs(2, 2, d=2, kind="layer", dtype=torch.float16, device=kernel_device)
     truth = exact(g, normalized, 2)

@@ -288,6 +288,7 @@ def test_empty_input_gives_empty_output(shape, backend, kernel_device):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.xdist_group("gigabytes")
 def test_offsets_beyond_32_bits(backend, norm, kernel_device, tmp_path):
     # two samples of one token far apart; on a CPU the storage is a sparse file, so it takes no memory
     shape, strides = (2, 1, 4), (2**31 + 8, 4, 1)

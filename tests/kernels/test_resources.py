@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from tests.kernels import resources as module
 
 pytest.importorskip("triton")
 
@@ -75,6 +78,17 @@ def test_every_kernel_is_compiled_for_every_target(resources):
         from_source |= {name for name in names if name.endswith("_kernel")}
     compiled = {(row["kernel"], row["target"]) for row in resources}
     assert compiled == {(kernel, target) for kernel in from_source for target in SHARED_LIMIT}
+
+
+def test_table_in_the_readme_is_of_these_kernels(resources):
+    text = (KERNELS / "README.md").read_text()
+    version = metadata.version("triton")
+    if f"--markdown` with triton {version}:" not in text:
+        pytest.skip(f"the table is of another triton than {version}")
+    table = module.markdown([module.Resources(**row) for row in resources])
+    assert table in text, (
+        "run tests/kernels/resources.py --markdown and paste its output into kernels/README.md"
+    )
 
 
 def test_banned_block_pointers_are_not_used():

@@ -5,6 +5,6 @@ p]`` the gradients of its outputs. The samples come as a batch ``[U, T, ...]``, 
 without padding, ``[N, ...]`` with ``cu_seqlens``.
 """
 
-from .inputs import Segments, check_layer_factors, is_in_float64
+from .inputs import Segments, check_layer_factors, is_in_float64, offsets_of
 
-__all__ = ["Segments", "check_layer_factors", "is_in_float64"]
+__all__ = ["Segments", "check_layer_factors", "is_in_float64", "offsets_of"]

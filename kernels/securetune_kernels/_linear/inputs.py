@@ -130,6 +130,28 @@ def segments_of(x: Tensor, cu_seqlens: "Tensor | Segments | None") -> Segments |
     return segments
 
 
+def refuse_overlap(name: str, out: Tensor) -> None:
+    """Refuse an expanded tensor as an output: its elements share memory.
+
+    Args:
+        name: What the caller calls it.
+        out: What will be written.
+
+    Raises:
+        ValueError: If a dimension of several elements has stride 0.
+    """
+    sizes = zip(out.shape, out.stride(), strict=True)
+    if out.numel() > 1 and any(size > 1 and stride == 0 for size, stride in sizes):
+        raise ValueError(
+            f"{name} has strides {out.stride()} (an expanded tensor): its elements share memory. Pass a copy."
+        )
+
+
+def offsets_of(cu_seqlens: "Tensor | Segments | None") -> Tensor | None:
+    """Return the offsets alone, which a graph of torch.compile can hold; there they are checked anew."""
+    return cu_seqlens.cu_seqlens if isinstance(cu_seqlens, Segments) else cu_seqlens
+
+
 def is_in_float64(*tensors: Tensor) -> str | None:
     """Tell why a kernel cannot run where a tensor is float64, None where none is."""
     return "it has no float64 version" if torch.float64 in {tensor.dtype for tensor in tensors} else None

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._tiles import Tile, tile_of
 from .inputs import Segments
 
 # Triton's interpreter multiplies bfloat16 as if the bit patterns were integers, so there it is widened first.
@@ -15,16 +16,6 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # On AMD one stage of loads in flight; more would not fit the 64 KiB of local memory of a gfx942.
 HALF_STAGES = 2 if torch.version.hip else 3
 BLOCK_PARTIALS = 1024  # partial sums that the reduction loads at once
-
-
-class Tile(NamedTuple):
-    """Shape of one program's part of a product, and how it is run."""
-
-    rows: int
-    cols: int
-    depth: int  # how much of the summed dimension one step loads
-    num_warps: int
-    num_stages: int
 
 
 # Counted, not swept on a GPU. Half precision: a step of 128 x 128 x 64 does 2.1 MFLOP on 32 KiB of loads, 64
@@ -36,9 +27,9 @@ HALF_TILE = Tile(128, 128, 64, 8, HALF_STAGES)
 FLOAT_TILE = Tile(64, 64, 32, 8, 2)
 
 
-def product_tile(dtype: torch.dtype) -> Tile:
-    """Return the tile for inputs of this dtype."""
-    return FLOAT_TILE if dtype == torch.float32 else HALF_TILE
+def product_tile(kernel: str, dtype: torch.dtype, architecture: str) -> Tile:
+    """Return a kernel's tile for inputs of this dtype."""
+    return tile_of(kernel, dtype, architecture, FLOAT_TILE if dtype == torch.float32 else HALF_TILE)
 
 
 def must_widen(dtype: torch.dtype) -> bool:
@@ -116,21 +107,45 @@ def product_over_tokens(
 
 
 @triton.jit
-def _add_up_kernel(partials_ptr, out_ptr, num_partials, BLOCK: tl.constexpr):
-    # one program per unit; float64, so that thousands of tiles cost no digits
+def _add_up_kernel(
+    partials_ptr, cu_seqlens_ptr, out_ptr, num_partials, HAS_SEGMENTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    # one program per unit, over its partial sums in a fixed order; float64, so that thousands cost no digits
     unit = tl.program_id(0).to(tl.int64)
+    if HAS_SEGMENTS:
+        start = tl.load(cu_seqlens_ptr + unit).to(tl.int64) * num_partials
+        stop = tl.load(cu_seqlens_ptr + unit + 1).to(tl.int64) * num_partials
+    else:
+        start, stop = unit * num_partials, (unit + 1) * num_partials
     total = tl.zeros((BLOCK,), dtype=tl.float64)
-    for start in range(0, num_partials, BLOCK):
-        index = start + tl.arange(0, BLOCK)  # [BLOCK]
-        ptrs = partials_ptr + unit * num_partials + index
-        total += tl.load(ptrs, mask=index < num_partials, other=0.0).to(tl.float64)
+    for offset in range(start, stop, BLOCK):
+        index = offset + tl.arange(0, BLOCK)  # [BLOCK]
+        total += tl.load(partials_ptr + index, mask=index < stop, other=0.0).to(tl.float64)
     tl.store(out_ptr + unit, tl.sum(total, axis=0).to(tl.float32))
 
 
-def add_up(partials: Tensor) -> Tensor:
-    """Add up each row of ``[U, K]`` float32 partial sums in a fixed order: ``[U]``, float32."""
-    num_units, num_partials = partials.shape
+def add_up(partials: Tensor, segments: Segments | None = None) -> Tensor:
+    """Add up each unit's partial sums in a fixed order.
+
+    Args:
+        partials: ``[U, K]``, float32; with segments ``[N, K]``: those of each token.
+        segments: Of packed tokens.
+
+    Returns:
+        ``[U]``, float32.
+    """
+    num_units = len(partials) if segments is None else segments.num_units
     out = torch.empty(num_units, device=partials.device, dtype=torch.float32)
-    block = min(BLOCK_PARTIALS, triton.next_power_of_2(num_partials))
-    _add_up_kernel[(num_units,)](partials, out, num_partials, BLOCK=block, num_warps=1 if block <= 64 else 4)
+    block = BLOCK_PARTIALS
+    if segments is None:
+        block = min(block, triton.next_power_of_2(partials.shape[1]))
+    _add_up_kernel[(num_units,)](
+        partials,
+        partials if segments is None else segments.cu_seqlens,  # not read without segments
+        out,
+        partials.shape[1],
+        HAS_SEGMENTS=segments is not None,
+        BLOCK=block,
+        num_warps=1 if block <= 64 else 4,
+    )
     return out

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .._backend import Backend, resolve_backend
+from .._backend import NAMESPACE, Backend, resolve_backend
+from .._linear.inputs import refuse_overlap
 from .reference import clip_and_accumulate_reference
 from .torch_path import clip_and_accumulate_torch
 
@@ -57,6 +58,8 @@ def clip_and_accumulate(
             itself.
         RuntimeError: If ``backend="triton"`` cannot run here.
     """
+    if torch.compiler.is_compiling():
+        return _in_a_graph(per_sample_grads, accumulator, max_grad_norm, valid, backend)
     _check_arguments(per_sample_grads, accumulator, max_grad_norm, valid)
     if per_sample_grads.numel() == 0:
         return torch.zeros(per_sample_grads.shape[0], device=per_sample_grads.device, dtype=torch.float32)
@@ -65,6 +68,18 @@ def clip_and_accumulate(
     from .triton_kernels import clip_and_accumulate_triton  # triton is optional: imported on first use
 
     return clip_and_accumulate_triton(per_sample_grads, accumulator, max_grad_norm, valid=valid)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::clip_and_accumulate", mutates_args={"accumulator"})
+def _in_a_graph(
+    per_sample_grads: Tensor, accumulator: Tensor, max_grad_norm: float, valid: Tensor | None, backend: str
+) -> Tensor:
+    return clip_and_accumulate(per_sample_grads, accumulator, max_grad_norm, valid=valid, backend=backend)  # pyright: ignore[reportArgumentType]
+
+
+@_in_a_graph.register_fake
+def _(per_sample_grads: Tensor, *_: object) -> Tensor:
+    return per_sample_grads.new_empty(len(per_sample_grads), dtype=torch.float32)
 
 
 def _check_arguments(
@@ -92,10 +107,7 @@ def _check_arguments(
             f"accumulator is on {accumulator.device} and per_sample_grads on {per_sample_grads.device}; "
             "both must be on one device."
         )
-    if accumulator.stride(0) == 0 and accumulator.shape[0] > 1:
-        raise ValueError(
-            "accumulator has stride 0 (an expanded tensor): its elements share memory. Pass a copy."
-        )
+    refuse_overlap("accumulator", accumulator)
     if not max_grad_norm >= SMALLEST_MAX_GRAD_NORM:
         raise ValueError(
             f"max_grad_norm must be > 0 (at least {SMALLEST_MAX_GRAD_NORM}), got {max_grad_norm}."

@@ -3,15 +3,12 @@
 import torch
 from torch import Tensor
 
+from ..numerics import row_squared_norms
 from .reference import clip_factors
 
 # Half precision is widened in slices of this size. Measured on a Xeon with 256 x 230,400 bfloat16, one
 # thread: 1 MiB 70 ms, 4 MiB 53 ms, 16 MiB 53 ms.
 SLICE_BYTES = 4 * 2**20
-# One float32 sum over a whole row is not good enough: over 4 million entries torch's norm on a CPU came out
-# 8e-5 too small, so a clipped sample would be that much too long. Sums over blocks of this many columns leave
-# 5e-7, at the same speed.
-BLOCK_COLS = 4096
 # Outside this range squares may overflow or vanish in float32, so a row is measured again in float64.
 SMALLEST_PLAIN_NORM = 1e-15
 LARGEST_PLAIN_NORM = 1e18
@@ -35,7 +32,7 @@ def clip_and_accumulate_torch(
 
 
 def _clip_slice(grads: Tensor, accumulator: Tensor, max_grad_norm: float, valid: Tensor | None) -> Tensor:
-    norms = _row_norms(grads)
+    norms = row_squared_norms(grads).sqrt()
     plain = (norms >= SMALLEST_PLAIN_NORM) & (norms <= LARGEST_PLAIN_NORM)
     if valid is not None:
         plain |= ~valid
@@ -65,16 +62,6 @@ def _products_are_float32(grads: Tensor) -> bool:
     """
     settings = torch.backends.cuda.matmul if grads.is_cuda else torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     return settings.fp32_precision in ("none", "ieee")
-
-
-def _row_norms(grads: Tensor) -> Tensor:
-    num_params = grads.shape[1]
-    blocks = num_params // BLOCK_COLS
-    whole, rest = grads[:, : blocks * BLOCK_COLS], grads[:, blocks * BLOCK_COLS :]
-    parts = torch.linalg.vector_norm(whole.unflatten(1, (blocks, BLOCK_COLS)), dim=2)
-    if rest.shape[1]:
-        parts = torch.cat([parts, torch.linalg.vector_norm(rest, dim=1, keepdim=True)], dim=1)
-    return torch.linalg.vector_norm(parts, dim=1)
 
 
 def _runs(kept: Tensor) -> list[tuple[int, int]]:

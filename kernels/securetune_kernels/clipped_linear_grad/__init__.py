@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .._backend import Backend, resolve_backend
-from .._linear import Segments, check_layer_factors, is_in_float64
+from .._backend import NAMESPACE, Backend, resolve_backend
+from .._linear import Segments, check_layer_factors, is_in_float64, offsets_of
+from .._linear.inputs import refuse_overlap
 from .reference import clipped_linear_grad_reference
 from .torch_path import clipped_linear_grad_torch
 
@@ -47,6 +48,9 @@ def clipped_linear_grad(
         ValueError: If a shape, a device or ``cu_seqlens`` does not fit, or ``out`` overlaps itself.
         RuntimeError: If ``backend="triton"`` cannot run here.
     """
+    if torch.compiler.is_compiling():
+        _in_a_graph(a, g, factors, out, offsets_of(cu_seqlens), backend)
+        return
     segments = check_layer_factors(a, g, cu_seqlens)
     _check_factors_and_out(a, g, factors, out, len(a) if segments is None else segments.num_units)
     if a.numel() == 0 or g.numel() == 0:
@@ -60,6 +64,13 @@ def clipped_linear_grad(
     clipped_linear_grad_triton(a, g, factors, out, segments=segments)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::clipped_linear_grad", mutates_args={"out"})
+def _in_a_graph(
+    a: Tensor, g: Tensor, factors: Tensor, out: Tensor, cu_seqlens: Tensor | None, backend: str
+) -> None:
+    clipped_linear_grad(a, g, factors, out, cu_seqlens=cu_seqlens, backend=backend)  # pyright: ignore[reportArgumentType]
+
+
 def _check_factors_and_out(a: Tensor, g: Tensor, factors: Tensor, out: Tensor, num_units: int) -> None:
     for name, tensor, form, shape in (
         ("factors", factors, "[U]", (num_units,)),
@@ -71,7 +82,4 @@ def _check_factors_and_out(a: Tensor, g: Tensor, factors: Tensor, out: Tensor, n
             raise ValueError(f"{name} must have shape {form} = {shape}, got {tuple(tensor.shape)}.")
         if tensor.device != a.device:
             raise ValueError(f"{name} is on {tensor.device} and a on {a.device}; both must be on one device.")
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(
-            f"out has strides {out.stride()} (an expanded tensor): its elements share memory. Pass a copy."
-        )
+    refuse_overlap("out", out)

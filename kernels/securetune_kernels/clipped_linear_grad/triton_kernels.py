@@ -8,13 +8,13 @@ from torch import Tensor
 from .._backend import on_device_of
 from .._linear import Segments
 from .._linear.triton_kernels import (
-    Tile,
     layout_of,
     must_widen,
     product_over_tokens,
     product_tile,
     token_range,
 )
+from .._tiles import Tile, architecture_of
 
 # Rows of tiles whose programs run together: 8 x 8 tiles share 16 strips of loads in L2 where a row of 64
 # tiles would need 65. Counted, not swept on a GPU.
@@ -78,9 +78,9 @@ def _clipped_product_kernel(
     tl.store(out_ptrs, tl.load(out_ptrs, mask=mask, other=0.0) + total, mask=mask)
 
 
-def sum_tile(max_tokens: int, dtype: torch.dtype) -> Tile:
+def sum_tile(max_tokens: int, dtype: torch.dtype, architecture: str) -> Tile:
     """Return the tile, whose depth suits the units' length."""
-    tile = product_tile(dtype)
+    tile = product_tile("sum", dtype, architecture)
     return tile._replace(depth=SHORT_DEPTH) if max_tokens <= SHORT_DEPTH else tile
 
 
@@ -89,7 +89,7 @@ def clipped_linear_grad_triton(
 ) -> None:
     """Launch the kernel; arguments are already checked by :func:`securetune_kernels.clipped_linear_grad`."""
     layout = layout_of(a, segments)
-    tile = sum_tile(layout.max_tokens, a.dtype)
+    tile = sum_tile(layout.max_tokens, a.dtype, architecture_of(a.device))
     num_tiles = triton.cdiv(g.shape[-1], tile.rows) * triton.cdiv(a.shape[-1], tile.cols)
     with on_device_of(a):
         _clipped_product_kernel[(num_tiles,)](

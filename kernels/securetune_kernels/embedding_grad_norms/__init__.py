@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .._backend import Backend, resolve_backend, why_products_cannot_compile
-from .._linear import Segments, is_in_float64
+from .._backend import NAMESPACE, Backend, resolve_backend, why_products_cannot_compile
+from .._linear import Segments, is_in_float64, offsets_of
 from .._linear.inputs import FACTOR_DTYPES, segments_of
 from .reference import embedding_grad_norms_reference, tied_cross_products_reference
 from .torch_path import embedding_grad_norms_torch, tied_cross_products_torch
@@ -29,7 +29,7 @@ def embedding_grad_norms(
     Guarantees:
         A NaN or an infinite entry makes its own unit's result not finite and touches no other unit.
         Sums are float32 whatever the inputs' dtype.
-        The kernels give the same bits for the same call on the same machine; no atomic additions.
+        The same call on the same machine gives the same bits; no atomic additions.
 
     Args:
         ids: ``[U, T]``, int64 or int32, at least 0: rows of the table that were looked up. With
@@ -50,6 +50,8 @@ def embedding_grad_norms(
         ValueError: If a shape, a device or ``cu_seqlens`` does not fit.
         RuntimeError: If ``backend="triton"`` cannot run here.
     """
+    if torch.compiler.is_compiling():
+        return _norms_in_a_graph(ids, g, offsets_of(cu_seqlens), backend)
     segments = segments_of(g, cu_seqlens)
     _check_lookup(ids, g)
     if g.numel() == 0:
@@ -97,6 +99,8 @@ def tied_cross_products(
         ValueError: If a shape or a device does not fit.
         RuntimeError: If ``backend="triton"`` cannot run here.
     """
+    if torch.compiler.is_compiling():
+        return _products_in_a_graph(a, g, ids, lookup_g, backend)
     _check_lookup(ids, lookup_g)
     if a.ndim != 3 or g.ndim != 3 or lookup_g.ndim != 3:
         shapes = f"{tuple(a.shape)}, {tuple(g.shape)} and {tuple(lookup_g.shape)}"
@@ -117,6 +121,27 @@ def tied_cross_products(
     from .triton_kernels import tied_cross_products_triton  # triton is optional: imported on first use
 
     return tied_cross_products_triton(a, g, ids, lookup_g)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::embedding_grad_norms", mutates_args=())
+def _norms_in_a_graph(ids: Tensor, g: Tensor, cu_seqlens: Tensor | None, backend: str) -> Tensor:
+    return embedding_grad_norms(ids, g, cu_seqlens=cu_seqlens, backend=backend)  # pyright: ignore[reportArgumentType]
+
+
+@_norms_in_a_graph.register_fake
+def _(ids: Tensor, g: Tensor, cu_seqlens: Tensor | None, backend: str) -> Tensor:
+    num_units = len(ids) if cu_seqlens is None else len(cu_seqlens) - 1
+    return g.new_empty(num_units, dtype=torch.float64 if g.dtype == torch.float64 else torch.float32)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::tied_cross_products", mutates_args=())
+def _products_in_a_graph(a: Tensor, g: Tensor, ids: Tensor, lookup_g: Tensor, backend: str) -> Tensor:
+    return tied_cross_products(a, g, ids, lookup_g, backend=backend)  # pyright: ignore[reportArgumentType]
+
+
+@_products_in_a_graph.register_fake
+def _(a: Tensor, *_: object) -> Tensor:
+    return a.new_empty(len(a), dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
 
 
 def _check_lookup(ids: Tensor, g: Tensor) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._linear import Segments
-from ..numerics import full_precision
+from ..numerics import add_rows, full_precision
 
 
 def embedding_grad_norms_torch(ids: Tensor, g: Tensor, *, segments: Segments | None = None) -> Tensor:
@@ -13,9 +13,9 @@ def embedding_grad_norms_torch(ids: Tensor, g: Tensor, *, segments: Segments | N
     units = len(ids) if segments is None else segments.num_units
     row = unit_of_tokens(ids, segments)
     keys, places = torch.unique(row * (ids.max() + 1) + ids, return_inverse=True)
-    summed = g.new_zeros(len(keys), g.shape[-1]).index_add_(0, places.flatten(), g.flatten(0, -2))
+    summed = add_rows(g.new_zeros(len(keys), g.shape[-1]), places.flatten(), g.flatten(0, -2))
     owner = keys // (ids.max() + 1)
-    return g.new_zeros(units).index_add_(0, owner, torch.linalg.vector_norm(summed, dim=1).square())
+    return add_rows(g.new_zeros(units), owner, torch.linalg.vector_norm(summed, dim=1).square())
 
 
 def unit_of_tokens(ids: Tensor, segments: Segments | None) -> Tensor:

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from .._backend import on_device_of
 from .._linear import Segments
-from .._linear.triton_kernels import Tile, add_up, must_widen, product_tile
+from .._linear.triton_kernels import FLOAT_TILE, add_up, must_widen
+from .._tiles import Tile, architecture_of, tile_of
 from .torch_path import unit_of_tokens
 
 # Features that a program adds up at once, counted, not swept on a GPU: 1 KiB of half precision from each of
 # the equal tokens, and four programs for a token of 2048 features. Rows are read once.
 BLOCK_FEATURES = 512
 FEATURE_WARPS = 4
-BLOCK_PARTIALS = 1024  # partial sums of a unit that the reduction loads at once
 # Half precision: a step of 64 x 64 x 64 keeps 32 float32 sums in each of 128 threads, which leaves registers
 # for the pointers into the output gradients, one for each pair of positions.
 HALF_CROSS_TILE = Tile(64, 64, 64, 4, 2)
@@ -49,31 +49,6 @@ def _equal_tokens_kernel(
         ptrs = g_ptr + unit * g_unit_stride + within * g_token_stride + features * g_stride
         acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(partials_ptr + program, tl.sum(acc * acc, axis=0))
-
-
-@triton.jit
-def _add_up_units_kernel(
-    partials_ptr,
-    cu_seqlens_ptr,
-    out_ptr,
-    num_per_unit,
-    num_blocks,
-    HAS_SEGMENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    # one program per unit, over its tokens' partial sums in a fixed order
-    unit = tl.program_id(0).to(tl.int64)
-    if HAS_SEGMENTS:
-        start = tl.load(cu_seqlens_ptr + unit).to(tl.int64) * num_blocks
-        stop = tl.load(cu_seqlens_ptr + unit + 1).to(tl.int64) * num_blocks
-    else:
-        start = unit * num_per_unit * num_blocks
-        stop = start + num_per_unit * num_blocks
-    total = tl.zeros((BLOCK,), dtype=tl.float64)
-    for offset in range(start, stop, BLOCK):
-        index = offset + tl.arange(0, BLOCK)  # [BLOCK]
-        total += tl.load(partials_ptr + index, mask=index < stop, other=0.0).to(tl.float64)
-    tl.store(out_ptr + unit, tl.sum(total, axis=0).to(tl.float32))
 
 
 @triton.jit
@@ -140,17 +115,14 @@ def _cross_kernel(
 
 def embedding_grad_norms_triton(ids: Tensor, g: Tensor, *, segments: Segments | None = None) -> Tensor:
     """Launch the kernels; :func:`securetune_kernels.embedding_grad_norms` has checked the arguments."""
-    num_units = len(ids) if segments is None else segments.num_units
     # packed tokens are one long unit to the first kernel, which only looks for equal neighbours
     num_per_unit = ids.shape[-1]
     strides = g.stride() if segments is None else (0, *g.stride())
     order, run_ends = sort_tokens(ids, segments)
     num_blocks = triton.cdiv(g.shape[-1], BLOCK_FEATURES)
-    num_partials = ids.numel() * num_blocks
-    partials = torch.empty(num_partials, device=g.device, dtype=torch.float32)
-    out = torch.empty(num_units, device=g.device, dtype=torch.float32)
+    partials = torch.empty(*ids.shape, num_blocks, device=g.device, dtype=torch.float32)
     with on_device_of(g):
-        _equal_tokens_kernel[(num_partials,)](
+        _equal_tokens_kernel[(partials.numel(),)](
             g,
             order,
             run_ends,
@@ -162,17 +134,7 @@ def embedding_grad_norms_triton(ids: Tensor, g: Tensor, *, segments: Segments | 
             BLOCK=BLOCK_FEATURES,
             num_warps=FEATURE_WARPS,
         )
-        _add_up_units_kernel[(num_units,)](
-            partials,
-            order if segments is None else segments.cu_seqlens,  # not read without segments
-            out,
-            num_per_unit,
-            num_blocks,
-            HAS_SEGMENTS=segments is not None,
-            BLOCK=BLOCK_PARTIALS,
-            num_warps=4,
-        )
-    return out
+        return add_up(partials if segments is not None else partials.flatten(1), segments)
 
 
 def sort_tokens(ids: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
@@ -198,14 +160,14 @@ def sort_tokens(ids: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]
     return order, torch.where(is_first[:-1], next_first[1:], places[:-1])
 
 
-def cross_tile(dtype: torch.dtype) -> Tile:
+def cross_tile(dtype: torch.dtype, architecture: str) -> Tile:
     """Return the tile of the pairs of positions and lookups."""
-    return product_tile(dtype) if dtype == torch.float32 else HALF_CROSS_TILE
+    return tile_of("cross", dtype, architecture, FLOAT_TILE if dtype == torch.float32 else HALF_CROSS_TILE)
 
 
 def tied_cross_products_triton(a: Tensor, g: Tensor, ids: Tensor, lookup_g: Tensor) -> Tensor:
     """Launch the kernels; arguments are already checked by :func:`securetune_kernels.tied_cross_products`."""
-    tile = cross_tile(a.dtype)
+    tile = cross_tile(a.dtype, architecture_of(a.device))
     num_tiles = triton.cdiv(a.shape[1], tile.rows) * triton.cdiv(ids.shape[1], tile.cols)
     partials = torch.empty(len(a), num_tiles, device=a.device, dtype=torch.float32)
     with on_device_of(a):

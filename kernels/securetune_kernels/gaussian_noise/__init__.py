@@ -1,9 +1,11 @@
 """Position-addressed Gaussian noise: the noise of an entry is decided by its address, not by who draws it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .._backend import Backend, resolve_backend
+from .._backend import NAMESPACE, Backend, resolve_backend
 from .reference import (
     Generator,
     chacha20_words_reference,
@@ -19,9 +21,6 @@ __all__ = [
     "philox_words_reference",
 ]
 
-# The package's name, which differs between an installation and each copy that the kernel hub loads: every
-# copy has its own ops.
-NAMESPACE = __name__.partition(".")[0]
 KEY_WORDS = 8
 MAX_ADDRESS = 2**48  # keeps two bits of the generator's counter for the summands
 LARGEST_STDDEV = 1e37  # 9.42 of them fit into float32
@@ -83,6 +82,17 @@ def gaussian_noise(
         ValueError: If a shape, a device or a number does not fit.
         RuntimeError: If ``backend="triton"`` cannot run here.
     """
+    options: dict[str, Any] = {
+        "stddev": stddev,
+        "stream": stream,
+        "start": start,
+        "coefficients": coefficients,
+        "generator": generator,
+        "summands": summands,
+    }
+    if torch.compiler.is_compiling():
+        _in_a_graph(out, key, step, **options, backend=backend)
+        return out
     _check_out(out, start)
     check_draw(
         out, key, step, stddev, stream=stream, coefficients=coefficients, generator=generator,
@@ -91,45 +101,37 @@ def gaussian_noise(
     if out.numel() == 0 or stddev == 0:
         return out
     if resolve_backend(backend, out, op="gaussian_noise") == "torch":
-        return gaussian_noise_reference(
-            out,
-            key=key,
-            step=step,
-            stddev=stddev,
-            stream=stream,
-            start=start,
-            coefficients=coefficients,
-            generator=generator,
-            summands=summands,
-        )
-    _launch(out, key, step, coefficients, start, stream, stddev, generator == "chacha20", summands)
+        return gaussian_noise_reference(out, key=key, step=step, **options)
+    from .triton_kernels import gaussian_noise_triton  # triton is optional: imported on first use
+
+    gaussian_noise_triton(out, key, step, **options)
     return out
 
 
 @torch.library.custom_op(f"{NAMESPACE}::gaussian_noise", mutates_args={"out"})
-def _launch(
+def _in_a_graph(
     out: Tensor,
     key: Tensor,
     step: Tensor,
-    coefficients: Tensor | None,
-    start: int,
-    stream: int,
     stddev: float,
-    is_chacha: bool,
+    stream: int,
+    start: int,
+    coefficients: Tensor | None,
+    generator: str,
     summands: int,
+    backend: str,
 ) -> None:
-    from .triton_kernels import gaussian_noise_triton  # triton is optional: imported on first use
-
-    gaussian_noise_triton(
+    gaussian_noise(
         out,
-        key,
-        step,
-        coefficients,
-        start=start,
-        stream=stream,
+        key=key,
+        step=step,
         stddev=stddev,
-        is_chacha=is_chacha,
+        stream=stream,
+        start=start,
+        coefficients=coefficients,
+        generator=generator,  # pyright: ignore[reportArgumentType]
         summands=summands,
+        backend=backend,  # pyright: ignore[reportArgumentType]
     )
 
 

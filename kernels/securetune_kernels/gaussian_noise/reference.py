@@ -93,8 +93,13 @@ def gaussian_noise_reference(
 
     Returns:
         ``out``.
+
+    Raises:
+        ValueError: If the step is out of range.
     """
     now = int(step)
+    if not 0 <= now < 2**32:  # its other bits would be dropped, and the noise come twice
+        raise ValueError(f"step must be from 0 to 2^32 - 1, got {now}.")
     scales = [1.0] if coefficients is None else coefficients.tolist()[: now + 1]
     noise = torch.zeros(out.numel(), dtype=torch.float64, device=out.device)
     for lag, scale in enumerate(scales):

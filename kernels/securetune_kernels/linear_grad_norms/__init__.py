@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .._backend import Backend, resolve_backend, why_products_cannot_compile
-from .._linear import Segments, check_layer_factors, is_in_float64
-from .reference import LinearGradNorms, linear_grad_norms_reference
+from .._backend import NAMESPACE, Backend, resolve_backend, why_products_cannot_compile
+from .._linear import Segments, check_layer_factors, is_in_float64, offsets_of
+from .reference import LinearGradNorms, linear_grad_norms_reference, rounding_of_sums
 from .torch_path import linear_grad_norms_torch
 
 __all__ = ["LinearGradNorms", "linear_grad_norms", "linear_grad_norms_reference"]
@@ -50,6 +50,11 @@ def linear_grad_norms(
         ValueError: If a shape, a device or ``cu_seqlens`` does not fit.
         RuntimeError: If ``backend="triton"`` cannot run here.
     """
+    if torch.compiler.is_compiling():
+        squared, lengths = _in_a_graph(a, g, offsets_of(cu_seqlens), backend)
+        # which way and which backend it will be is not known yet: the longest sum of any
+        longest_sum = max(a.shape[-1] + g.shape[-1], 2 * a.shape[-2])
+        return LinearGradNorms(squared, lengths, rounding_of_sums(longest_sum, squared.dtype))
     segments = check_layer_factors(a, g, cu_seqlens)
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
     if a.numel() == 0 or g.numel() == 0:
@@ -63,3 +68,15 @@ def linear_grad_norms(
     from .triton_kernels import linear_grad_norms_triton  # triton is optional: imported on first use
 
     return linear_grad_norms_triton(a, g, segments=segments)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_grad_norms", mutates_args=())
+def _in_a_graph(a: Tensor, g: Tensor, cu_seqlens: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    return linear_grad_norms(a, g, cu_seqlens=cu_seqlens, backend=backend)[:2]  # pyright: ignore[reportArgumentType]
+
+
+@_in_a_graph.register_fake
+def _(a: Tensor, g: Tensor, cu_seqlens: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    num_units = len(a) if cu_seqlens is None else len(cu_seqlens) - 1
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    return a.new_empty(num_units, dtype=dtype), a.new_empty(num_units, dtype=dtype)

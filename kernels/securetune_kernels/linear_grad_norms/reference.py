@@ -7,6 +7,12 @@ from torch import Tensor
 
 from .._linear import Segments
 
+# Tensor cores add up 16 products at a time and may round each sum toward zero (Fasi et al. 2021,
+# https://doi.org/10.7717/peerj-cs.330), so a long sum comes out short: one unit in the last place for each
+# such addition. Float32 products are added one by one and rounded to nearest: expect the root of their
+# number. The larger of both is stated.
+PRODUCTS_PER_ADDITION = 16
+
 
 class LinearGradNorms(NamedTuple):
     """Squared norms of a dense layer's per-sample gradients, and what their rounding is relative to."""
@@ -31,6 +37,12 @@ def linear_grad_norms_reference(a: Tensor, g: Tensor, *, segments: Segments | No
     if not squared:
         return LinearGradNorms(empty, empty, 0.0)
     return LinearGradNorms(torch.stack(squared), torch.stack(lengths), 0.0)
+
+
+def rounding_of_sums(longest_sum: int, dtype: torch.dtype) -> float:
+    """Bound the relative rounding of sums of so many products, none for float64."""
+    num_roundings = max(longest_sum / PRODUCTS_PER_ADDITION, longest_sum**0.5)
+    return 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps * num_roundings
 
 
 def _pieces(a: Tensor, g: Tensor, segments: Segments) -> list[tuple[Tensor, Tensor]]:

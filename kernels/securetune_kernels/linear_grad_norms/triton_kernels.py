@@ -9,7 +9,6 @@ from .._backend import on_device_of
 from .._linear import Segments
 from .._linear.triton_kernels import (
     Layout,
-    Tile,
     add_up,
     layout_of,
     must_widen,
@@ -17,7 +16,8 @@ from .._linear.triton_kernels import (
     product_tile,
     token_range,
 )
-from .reference import LinearGradNorms
+from .._tiles import Tile, architecture_of
+from .reference import LinearGradNorms, rounding_of_sums
 
 # Smallest tile of a Gram matrix, for short units: in a larger one most products would be of padding.
 SMALL_GRAM = 32
@@ -26,11 +26,6 @@ SMALL_GRAM_WARPS = 4
 NORM_TOKENS = 16
 NORM_FEATURES = 128
 NORM_WARPS = 4
-# Tensor cores add up 16 products at a time and may round each sum toward zero (Fasi et al. 2021,
-# https://doi.org/10.7717/peerj-cs.330), so a long sum comes out short: one unit in the last place for each
-# such addition. Float32 products are added one by one and rounded to nearest: expect the root of their
-# number. The larger of both is stated.
-PRODUCTS_PER_ADDITION = 16
 
 
 @triton.jit
@@ -228,9 +223,9 @@ def is_gram_cheaper(layout: Layout, num_inputs: int, num_outputs: int) -> bool:
     return gram_flops < 2 * layout.num_tokens * num_inputs * num_outputs
 
 
-def gram_tile(max_tokens: int, dtype: torch.dtype) -> Tile:
+def gram_tile(max_tokens: int, dtype: torch.dtype, architecture: str) -> Tile:
     """Return a square tile no larger than the longest unit needs."""
-    tile = product_tile(dtype)
+    tile = product_tile("gram", dtype, architecture)
     size = min(tile.rows, max(SMALL_GRAM, triton.next_power_of_2(max_tokens)))
     warps = tile.num_warps if size == tile.rows else SMALL_GRAM_WARPS
     return tile._replace(rows=size, cols=size, num_warps=warps)
@@ -243,13 +238,11 @@ def linear_grad_norms_triton(a: Tensor, g: Tensor, *, segments: Segments | None 
     with on_device_of(a):
         partial_squares, partial_lengths, longest_sum = launch(a, g, layout)
         squared, lengths = (add_up(partials) for partials in (partial_squares, partial_lengths))
-    num_roundings = max(longest_sum / PRODUCTS_PER_ADDITION, longest_sum**0.5)
-    rounding = torch.finfo(torch.float32).eps * num_roundings
-    return LinearGradNorms(squared, lengths, rounding)
+    return LinearGradNorms(squared, lengths, rounding_of_sums(longest_sum, squared.dtype))
 
 
 def _launch_gram(a: Tensor, g: Tensor, layout: Layout) -> tuple[Tensor, Tensor, int]:
-    tile = gram_tile(layout.max_tokens, a.dtype)
+    tile = gram_tile(layout.max_tokens, a.dtype, architecture_of(a.device))
     num_blocks = triton.cdiv(layout.max_tokens, tile.rows)
     num_tiles = num_blocks * (num_blocks + 1) // 2
     squares = torch.empty(layout.num_units, num_tiles, device=a.device, dtype=torch.float32)
@@ -278,7 +271,7 @@ def _launch_gram(a: Tensor, g: Tensor, layout: Layout) -> tuple[Tensor, Tensor, 
 
 
 def _launch_direct(a: Tensor, g: Tensor, layout: Layout) -> tuple[Tensor, Tensor, int]:
-    tile = product_tile(a.dtype)
+    tile = product_tile("direct", a.dtype, architecture_of(a.device))
     num_tiles = triton.cdiv(g.shape[-1], tile.rows) * triton.cdiv(a.shape[-1], tile.cols)
     num_blocks = triton.cdiv(layout.max_tokens, NORM_TOKENS)
     squares = torch.empty(layout.num_units, num_tiles, device=a.device, dtype=torch.float32)

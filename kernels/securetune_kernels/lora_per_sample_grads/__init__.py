@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._backend import Backend, resolve_backend, why_products_cannot_compile
-from .._linear import Segments, is_in_float64
-from .._linear.inputs import FACTOR_DTYPES, segments_of
+from .._backend import NAMESPACE, Backend, resolve_backend, why_products_cannot_compile
+from .._linear import Segments, is_in_float64, offsets_of
+from .._linear.inputs import FACTOR_DTYPES, refuse_overlap, segments_of
 from .reference import Adapter, lora_per_sample_grads_reference
 from .torch_path import lora_per_sample_grads_torch
 
@@ -31,8 +31,8 @@ def lora_per_sample_grads(
 
     Both cost the same FLOPs for each unit as their sum over the batch. Adapters of one shape share two
     launches where their tensors have the same strides and lie at multiples of 16 bytes, through a table of
-    pointers; others have two each. Gradients are written in place, so that they can be columns of one ``[U,
-    P]`` buffer.
+    pointers; others, and those captured into a CUDA graph, have two each. Gradients are written in place, so
+    that they can be columns of one ``[U, P]`` buffer.
 
     Guarantees:
         A NaN or an infinite entry of a unit reaches that unit's gradients and no other's.
@@ -61,6 +61,10 @@ def lora_per_sample_grads(
     """
     if not adapters:
         raise ValueError("adapters must hold at least one adapter, got none.")
+    if torch.compiler.is_compiling():
+        parts = [list(tensors) for tensors in zip(*adapters, strict=True)]
+        _in_a_graph(*parts, squared_norms, offsets_of(cu_seqlens), scaling, accumulate, backend)
+        return
     first = adapters[0]
     segments = segments_of(first.x, cu_seqlens)
     _check_adapters(adapters, segments, squared_norms)
@@ -76,6 +80,32 @@ def lora_per_sample_grads(
     from .triton_kernels import lora_per_sample_grads_triton  # triton is optional: imported on first use
 
     lora_per_sample_grads_triton(adapters, squared_norms=squared_norms, **options)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::lora_per_sample_grads", mutates_args={"grad_a", "grad_b", "squared_norms"}
+)
+def _in_a_graph(
+    x: Sequence[Tensor],
+    h: Sequence[Tensor],
+    g: Sequence[Tensor],
+    g_low: Sequence[Tensor],
+    grad_a: Sequence[Tensor],
+    grad_b: Sequence[Tensor],
+    squared_norms: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scaling: float,
+    accumulate: bool,
+    backend: str,
+) -> None:
+    lora_per_sample_grads(
+        list(map(Adapter, x, h, g, g_low, grad_a, grad_b)),
+        scaling=scaling,
+        cu_seqlens=cu_seqlens,
+        accumulate=accumulate,
+        squared_norms=squared_norms,
+        backend=backend,  # pyright: ignore[reportArgumentType]
+    )
 
 
 def _check_adapters(
@@ -98,11 +128,8 @@ def _check_adapters(
                     f"{name} must be {', '.join(map(str, allowed))}, and the same for all adapters, got "
                     f"{tensor.dtype} for adapter {index} and {dtypes[place]} for the first."
                 )
-            if place >= FIRST_GRAD and 0 in tensor.stride() and _overlaps(tensor):
-                raise ValueError(
-                    f"{name} of adapter {index} has strides {tensor.stride()} (an expanded tensor): its "
-                    "elements share memory. Pass a copy."
-                )
+            if place >= FIRST_GRAD and 0 in tensor.stride():
+                refuse_overlap(f"{name} of adapter {index}", tensor)
     if first.grad_a.dtype != first.grad_b.dtype:
         raise TypeError(f"grad_a is {first.grad_a.dtype} and grad_b {first.grad_b.dtype}; both must be one.")
     if squared_norms is not None:
@@ -112,10 +139,6 @@ def _check_adapters(
                 f"squared_norms must be contiguous and of grad_a's dtype, {first.grad_a.dtype}, got "
                 f"{squared_norms.dtype} with strides {squared_norms.stride()}."
             )
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

@@ -13,23 +13,22 @@ from .._linear import Segments
 from .._linear.triton_kernels import (
     HALF_STAGES,
     Layout,
-    Tile,
     add_up,
     layout_of,
     must_widen,
     product_over_tokens,
     token_range,
 )
+from .._tiles import Tile, architecture_of, tile_of
 from .reference import Adapter
 
 # Counted, not swept on a GPU. With rank 16 a product does 16 FLOP for each byte of half precision that it
 # reads, far below what tensor cores need, so what counts is loads in flight: each step reads 64 tokens of 128
 # features, 16 KiB, and three stages of four blocks keep 192 KiB in flight on a multiprocessor. All columns of
 # the narrow side, up to 64, are in one tile, so that the wide side is read once.
-WIDE_BLOCK = 128
-SMALLEST_NARROW, LARGEST_NARROW = 16, 64
-HALF_DEPTH, FLOAT_DEPTH = 64, 32
-NUM_WARPS = 4
+HALF_TILE = Tile(128, 64, 64, 4, HALF_STAGES)
+FLOAT_TILE = Tile(128, 64, 32, 4, 2)
+SMALLEST_NARROW = 16
 ALIGNMENT = 16  # bytes; what vector loads need
 
 
@@ -122,12 +121,10 @@ def _adapter_kernel(
         tl.store(partials_ptr + program, tl.sum(tl.sum(grad * grad, axis=1), axis=0))
 
 
-def adapter_tile(rank: int, dtype: torch.dtype) -> Tile:
+def adapter_tile(rank: int, dtype: torch.dtype, architecture: str) -> Tile:
     """Return the tile for a rank and the inputs' dtype."""
-    narrow = min(LARGEST_NARROW, max(SMALLEST_NARROW, triton.next_power_of_2(rank)))
-    if dtype == torch.float32:
-        return Tile(WIDE_BLOCK, narrow, FLOAT_DEPTH, NUM_WARPS, 2)
-    return Tile(WIDE_BLOCK, narrow, HALF_DEPTH, NUM_WARPS, HALF_STAGES)
+    tile = tile_of("adapter", dtype, architecture, FLOAT_TILE if dtype == torch.float32 else HALF_TILE)
+    return tile._replace(cols=min(tile.cols, max(SMALLEST_NARROW, triton.next_power_of_2(rank))))
 
 
 def lora_per_sample_grads_triton(
@@ -151,7 +148,9 @@ def lora_per_sample_grads_triton(
 
 
 def can_share_a_launch(products: Sequence[Product]) -> bool:
-    """Tell whether a table of pointers is enough to find all adapters' tensors."""
+    """Tell whether a table of pointers is enough to find all adapters' tensors, and can be made."""
+    if products[0].wide.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # the table comes from the host, which a CUDA graph would have to keep
     strides = {tuple(tensor.stride() for tensor in product) for product in products}
     inputs = [tensor for product in products for tensor in product[:2]]
     return len(strides) == 1 and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in inputs)
@@ -166,7 +165,7 @@ def _launch(
     products: Sequence[Product], layout: Layout, scale: float, accumulate: bool, has_norms: bool
 ) -> Tensor | None:
     wide, narrow, out = products[0]
-    tile = adapter_tile(narrow.shape[-1], wide.dtype)
+    tile = adapter_tile(narrow.shape[-1], wide.dtype, architecture_of(wide.device))
     num_tiles = triton.cdiv(wide.shape[-1], tile.rows) * triton.cdiv(narrow.shape[-1], tile.cols)
     num_rows = len(products) * layout.num_units
     partials = torch.empty(num_rows if has_norms else 1, num_tiles, device=out.device, dtype=torch.float32)

@@ -1,11 +1,12 @@
 """Noise, optimizer update and zeroing of the accumulator in one sweep over memory."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .._backend import Backend, resolve_backend
+from .._backend import NAMESPACE, Backend, resolve_backend
 from ..gaussian_noise import Generator, check_draw
 from .reference import noisy_adamw_step_reference, noisy_sgd_step_reference
 from .table import ParameterTable
@@ -89,13 +90,29 @@ def noisy_adamw_step(
         ValueError: If a shape, a device or a number does not fit.
         RuntimeError: If ``backend="triton"`` cannot run here.
     """
+    draw: dict[str, Any] = {"stddev": stddev, "stream": stream, "generator": generator, "summands": summands}
+    options: dict[str, Any] = {
+        **draw,
+        "key": key,
+        "step": step,
+        "divisor": divisor,
+        "learning_rate": learning_rate,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "public": public,
+        "masters": masters,
+        "rounding_stream": rounding_stream,
+    }
+    if torch.compiler.is_compiling():
+        options |= {"count": count, "bias_correction": bias_correction, "backend": backend}
+        _adamw_in_a_graph(params.params, summed, exp_avg, exp_avg_sq, **options)
+        return
     _check_vectors(
         params, summed, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, public, masters, rounding_stream
     )
     _check_numbers(divisor, learning_rate, weight_decay, stream, rounding_stream)
-    check_draw(
-        summed, key, step, stddev, stream=stream, coefficients=None, generator=generator, summands=summands
-    )
+    check_draw(summed, key, step, coefficients=None, **draw)
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must both be in [0, 1), got {betas}.")
     if not eps > 0:
@@ -109,31 +126,16 @@ def noisy_adamw_step(
     # in float64: 1 - 0.999 has no digits to lose
     counts = count.double()
     corrections = torch.stack([1 - betas[0] ** counts, 1 - betas[1] ** counts]).flatten().float()
-    options = {
-        "key": key,
-        "step": step,
-        "stddev": stddev,
-        "divisor": divisor,
-        "learning_rate": learning_rate,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "noise_variance": (stddev / divisor) ** 2 if bias_correction == "dp" else None,
-        "public": public,
-        "masters": masters,
-        "stream": stream,
-        "rounding_stream": rounding_stream,
-        "generator": generator,
-        "summands": summands,
-    }
+    options["corrections"] = corrections
+    options["noise_variance"] = (stddev / divisor) ** 2 if bias_correction == "dp" else None
     if summed.numel() == 0:
         return
     if resolve_backend(backend, summed, op="noisy_adamw_step") == "torch":
-        noisy_adamw_step_reference(params, summed, exp_avg, exp_avg_sq, corrections=corrections, **options)
+        noisy_adamw_step_reference(params, summed, exp_avg, exp_avg_sq, **options)
         return
     from .triton_kernels import noisy_adamw_step_triton  # triton is optional: imported on first use
 
-    noisy_adamw_step_triton(params, summed, exp_avg, exp_avg_sq, corrections=corrections, **options)
+    noisy_adamw_step_triton(params, summed, exp_avg, exp_avg_sq, **options)
 
 
 @torch.no_grad()
@@ -188,23 +190,11 @@ def noisy_sgd_step(
         ValueError: If a shape, a device or a number does not fit.
         RuntimeError: If ``backend="triton"`` cannot run here.
     """
-    vectors = {} if momentum_buffer is None else {"momentum_buffer": momentum_buffer}
-    _check_vectors(params, summed, vectors, public, masters, rounding_stream)
-    _check_numbers(divisor, learning_rate, weight_decay, stream, rounding_stream)
-    check_draw(
-        summed, key, step, stddev, stream=stream, coefficients=None, generator=generator, summands=summands
-    )
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
-    if (momentum > 0) != (momentum_buffer is not None):
-        given = "none" if momentum_buffer is None else "one"
-        raise ValueError(f"momentum_buffer goes with momentum > 0, got momentum {momentum} and {given}.")
-    if nesterov and momentum == 0:
-        raise ValueError("nesterov needs momentum > 0, got 0.")
-    options = {
+    draw: dict[str, Any] = {"stddev": stddev, "stream": stream, "generator": generator, "summands": summands}
+    options: dict[str, Any] = {
+        **draw,
         "key": key,
         "step": step,
-        "stddev": stddev,
         "divisor": divisor,
         "learning_rate": learning_rate,
         "momentum": momentum,
@@ -212,11 +202,22 @@ def noisy_sgd_step(
         "weight_decay": weight_decay,
         "public": public,
         "masters": masters,
-        "stream": stream,
         "rounding_stream": rounding_stream,
-        "generator": generator,
-        "summands": summands,
     }
+    if torch.compiler.is_compiling():
+        _sgd_in_a_graph(params.params, summed, momentum_buffer, **options, backend=backend)
+        return
+    vectors = {} if momentum_buffer is None else {"momentum_buffer": momentum_buffer}
+    _check_vectors(params, summed, vectors, public, masters, rounding_stream)
+    _check_numbers(divisor, learning_rate, weight_decay, stream, rounding_stream)
+    check_draw(summed, key, step, coefficients=None, **draw)
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
+    if (momentum > 0) != (momentum_buffer is not None):
+        given = "none" if momentum_buffer is None else "one"
+        raise ValueError(f"momentum_buffer goes with momentum > 0, got momentum {momentum} and {given}.")
+    if nesterov and momentum == 0:
+        raise ValueError("nesterov needs momentum > 0, got 0.")
     if summed.numel() == 0:
         return
     if resolve_backend(backend, summed, op="noisy_sgd_step") == "torch":
@@ -225,6 +226,74 @@ def noisy_sgd_step(
     from .triton_kernels import noisy_sgd_step_triton  # triton is optional: imported on first use
 
     noisy_sgd_step_triton(params, summed, momentum_buffer, **options)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::noisy_adamw_step",
+    mutates_args={"params", "summed", "exp_avg", "exp_avg_sq", "masters"},
+)
+def _adamw_in_a_graph(
+    params: Sequence[Tensor],
+    summed: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    stddev: float,
+    stream: int,
+    generator: str,
+    summands: int,
+    key: Tensor,
+    step: Tensor,
+    divisor: float,
+    learning_rate: float,
+    betas: Sequence[float],
+    eps: float,
+    weight_decay: float,
+    public: Tensor | None,
+    masters: Tensor | None,
+    rounding_stream: int | None,
+    count: Tensor,
+    bias_correction: str,
+    backend: str,
+) -> None:
+    table = ParameterTable(params)  # a graph may run on copies, at other addresses
+    noisy_adamw_step(
+        table, summed, exp_avg, exp_avg_sq, stddev=stddev, stream=stream, generator=generator,  # pyright: ignore[reportArgumentType]
+        summands=summands, key=key, step=step, divisor=divisor, learning_rate=learning_rate,
+        betas=tuple(betas), eps=eps, weight_decay=weight_decay, public=public, masters=masters,  # pyright: ignore[reportArgumentType]
+        rounding_stream=rounding_stream, count=count, bias_correction=bias_correction, backend=backend,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::noisy_sgd_step", mutates_args={"params", "summed", "momentum_buffer", "masters"}
+)
+def _sgd_in_a_graph(
+    params: Sequence[Tensor],
+    summed: Tensor,
+    momentum_buffer: Tensor | None,
+    stddev: float,
+    stream: int,
+    generator: str,
+    summands: int,
+    key: Tensor,
+    step: Tensor,
+    divisor: float,
+    learning_rate: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    public: Tensor | None,
+    masters: Tensor | None,
+    rounding_stream: int | None,
+    backend: str,
+) -> None:
+    table = ParameterTable(params)
+    noisy_sgd_step(
+        table, summed, momentum_buffer, stddev=stddev, stream=stream, generator=generator,  # pyright: ignore[reportArgumentType]
+        summands=summands, key=key, step=step, divisor=divisor, learning_rate=learning_rate,
+        momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, public=public, masters=masters,
+        rounding_stream=rounding_stream, backend=backend,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
 
 
 def _check_vectors(

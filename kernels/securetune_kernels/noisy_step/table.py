@@ -73,10 +73,9 @@ class ParameterTable:
             rows: list[Tensor] = []
             for start, param in zip(self.starts, self.params, strict=True):
                 stop = start + param.numel()
-                cuts = torch.arange(start // CHUNK + 1, (stop - 1) // CHUNK + 1) * CHUNK
-                low = torch.cat([torch.tensor([start]), cuts])
-                high = torch.cat([cuts, torch.tensor([stop])])
+                index = torch.arange(start // CHUNK, (stop - 1) // CHUNK + 1, device=self.device)
+                low, high = (index * CHUNK).clamp(min=start), ((index + 1) * CHUNK).clamp(max=stop)
                 if param.numel():
                     rows.append(torch.stack([param.data_ptr() + (low - start) * param.itemsize, low, high]))
-            self._chunks = torch.cat(rows, dim=1).to(self.device)
+            self._chunks = torch.cat(rows, dim=1)
         return self._chunks

@@ -49,7 +49,7 @@ def _noisy_gradient(
 ):  # fmt: skip
     noise = noise_tile(key_ptr, summed_ptr, block, step, stream, 0, IS_CHACHA, False, SUMMANDS)
     total = tl.load(summed_ptr + place, mask=inside, other=0.0) + tl.cast(stddev, tl.float32) * noise
-    grad = total / tl.cast(divisor, tl.float32)
+    grad = tl.div_rn(total, tl.cast(divisor, tl.float32))
     if HAS_PUBLIC:
         grad += tl.load(public_ptr + place, mask=inside, other=0.0)
     tl.store(summed_ptr + place, tl.zeros_like(grad), mask=inside)
@@ -78,7 +78,7 @@ def _store_values(
 @triton.jit
 def _noisy_adamw_kernel(
     chunks_ptr, num_chunks, summed_ptr, exp_avg_ptr, exp_avg_sq_ptr, public_ptr, masters_ptr,
-    corrections_ptr, key_ptr, step_ptr, stddev, divisor, learning_rate, beta1, beta2, eps, decay,
+    corrections_ptr, key_ptr, step_ptr, stddev, divisor, learning_rate, rest1, beta2, rest2, eps, decay,
     noise_variance, stream, rounding_stream,
     PARAM: tl.constexpr, IS_CHACHA: tl.constexpr, SUMMANDS: tl.constexpr, HAS_PUBLIC: tl.constexpr,
     HAS_MASTERS: tl.constexpr, IS_RANDOM: tl.constexpr, IS_DP_CORRECTED: tl.constexpr, BLOCK: tl.constexpr,
@@ -94,11 +94,11 @@ def _noisy_adamw_kernel(
         summed_ptr, public_ptr, key_ptr, step, block, place, inside, stddev, divisor,
         tl.cast(stream, tl.uint32), IS_CHACHA, SUMMANDS, HAS_PUBLIC,
     )  # fmt: skip
-    beta1, beta2 = tl.cast(beta1, tl.float32), tl.cast(beta2, tl.float32)
     first_moment = tl.load(exp_avg_ptr + place, mask=inside, other=0.0)
     second_moment = tl.load(exp_avg_sq_ptr + place, mask=inside, other=0.0)
-    first_moment = first_moment + (1.0 - beta1) * (grad - first_moment)
-    second_moment = beta2 * second_moment + (1.0 - beta2) * grad * grad
+    # one minus each beta comes rounded once: a float32 difference would leave three digits of 1 - 0.9999
+    first_moment += tl.cast(rest1, tl.float32) * (grad - first_moment)
+    second_moment = tl.cast(beta2, tl.float32) * second_moment + tl.cast(rest2, tl.float32) * grad * grad
     tl.store(exp_avg_ptr + place, first_moment, mask=inside)
     tl.store(exp_avg_sq_ptr + place, second_moment, mask=inside)
     second = second_moment / tl.load(corrections_ptr + 1)
@@ -181,8 +181,9 @@ def noisy_adamw_step_triton(
             exp_avg,
             exp_avg_sq,
             corrections_ptr=corrections,
-            beta1=betas[0],
+            rest1=1 - betas[0],
             beta2=betas[1],
+            rest2=1 - betas[1],
             eps=eps,
             decay=1.0 - options["learning_rate"] * options["weight_decay"],
             noise_variance=0.0 if noise_variance is None else noise_variance,

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .._backend import Backend, resolve_backend
-from .._linear import Segments, is_in_float64
-from .._linear.inputs import FACTOR_DTYPES, segments_of
+from .._backend import NAMESPACE, Backend, resolve_backend
+from .._linear import Segments, is_in_float64, offsets_of
+from .._linear.inputs import FACTOR_DTYPES, refuse_overlap, segments_of
 from .reference import Normalized, per_sample_sums_reference
 from .torch_path import per_sample_sums_torch
 
@@ -49,6 +49,10 @@ def per_sample_sums(
         ValueError: If a shape, a device or ``cu_seqlens`` does not fit, or ``out`` overlaps itself.
         RuntimeError: If ``backend="triton"`` cannot run here.
     """
+    if torch.compiler.is_compiling():
+        x, inverse, mean = (None, None, None) if normalized is None else normalized
+        _in_a_graph(g, out, x, inverse, mean, offsets_of(cu_seqlens), accumulate, backend)
+        return
     segments = segments_of(g, cu_seqlens)
     _check_arguments(g, out, normalized, len(g) if segments is None else segments.num_units)
     if out.numel() == 0:
@@ -61,6 +65,22 @@ def per_sample_sums(
     from .triton_kernels import per_sample_sums_triton  # triton is optional: imported on first use
 
     per_sample_sums_triton(g, out, **options)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::per_sample_sums", mutates_args={"out"})
+def _in_a_graph(
+    g: Tensor,
+    out: Tensor,
+    x: Tensor | None,
+    inverse: Tensor | None,
+    mean: Tensor | None,
+    cu_seqlens: Tensor | None,
+    accumulate: bool,
+    backend: str,
+) -> None:
+    normalized = None if x is None or inverse is None else Normalized(x, inverse, mean)
+    options = {"normalized": normalized, "cu_seqlens": cu_seqlens, "accumulate": accumulate}
+    per_sample_sums(g, out, backend=backend, **options)  # pyright: ignore[reportArgumentType]
 
 
 def _check_arguments(g: Tensor, out: Tensor, normalized: Normalized | None, num_units: int) -> None:
@@ -80,7 +100,4 @@ def _check_arguments(g: Tensor, out: Tensor, normalized: Normalized | None, num_
             )
         if tensor.device != g.device:
             raise ValueError(f"{name} is on {tensor.device} and g on {g.device}; both must be on one device.")
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(
-            f"out has strides {out.stride()} (an expanded tensor): its elements share memory. Pass a copy."
-        )
+    refuse_overlap("out", out)

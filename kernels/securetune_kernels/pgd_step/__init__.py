@@ -6,7 +6,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .._backend import Backend, resolve_backend
+from .._backend import NAMESPACE, Backend, resolve_backend
 from .reference import Direction, Norm, pgd_step_reference
 from .torch_path import pgd_step_torch
 
@@ -70,6 +70,8 @@ def pgd_step(
         ValueError: If a shape, a device, a number or a name does not fit.
         RuntimeError: If ``backend="triton"`` cannot run here.
     """
+    if torch.compiler.is_compiling():
+        return _in_a_graph(delta, grad, mask, step_size, radius, norm, direction, backend)
     _check_tensors(delta, grad, mask)
     _check_options(step_size, radius, norm, direction)
     if delta.numel() == 0:
@@ -87,6 +89,26 @@ def pgd_step(
     return pgd_step_triton(
         delta, grad, mask, step_size=step_size, radius=radius, norm=norm, direction=direction
     )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::pgd_step", mutates_args=())
+def _in_a_graph(
+    delta: Tensor,
+    grad: Tensor,
+    mask: Tensor,
+    step_size: float,
+    radius: float,
+    norm: str,
+    direction: str,
+    backend: str,
+) -> Tensor:
+    options = {"norm": norm, "direction": direction, "backend": backend}
+    return pgd_step(delta, grad, mask, step_size=step_size, radius=radius, **options)  # pyright: ignore[reportArgumentType]
+
+
+@_in_a_graph.register_fake
+def _(delta: Tensor, *_: object) -> Tensor:
+    return delta.new_empty(delta.shape)
 
 
 def _check_tensors(delta: Tensor, grad: Tensor, mask: Tensor) -> None:

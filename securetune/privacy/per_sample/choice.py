@@ -17,6 +17,7 @@ from securetune.privacy.per_sample.lora import LoraPath, is_plain_lora
 from securetune.privacy.per_sample.moe import AdaptedRouterPath, ExpertsPath, routed_path
 from securetune.privacy.per_sample.norms import norm_path
 from securetune.privacy.per_sample.paths import DensePath, EmbeddingPath, Path, SubclassPath
+from securetune.privacy.per_sample.recurrent import recurrent_path
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -90,7 +91,9 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
         if frozen is not None:
             paths.append(frozen)
             continue
-        is_whole = _is_adapter_with_parameters(module) or _convolves_itself(module)
+        is_whole = (
+            _is_adapter_with_parameters(module) or _convolves_itself(module) or _uses_containers(module)
+        )
         if not is_whole and _all_owned_below(module):
             continue
         if is_whole:
@@ -104,6 +107,8 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
             paths.append(path if _has_forward_of(module, nn.Embedding) else SubclassPath(path))
         elif (spatial := conv_path(engine, name, module)) is not None:
             paths.append(spatial)
+        elif (recurrent := recurrent_path(engine, name, module)) is not None:
+            paths.append(recurrent)
         elif isinstance(module, nn.Linear):
             paths.append(SubclassPath(DensePath(engine, name, module)))
         else:
@@ -161,6 +166,15 @@ def _convolves_itself(module: nn.Module) -> bool:
         if isinstance(child, nn.Conv1d) and any(p.requires_grad for p in child.parameters())
     ]
     return any(re.search(rf"self\.{name}\.weight\.\w+\(", _source(type(module))) for name in convolutions)
+
+
+def _uses_containers(module: nn.Module) -> bool:
+    """Whether a module has lists or dictionaries of trainable parameters, which have no forward to watch."""
+    containers = (nn.ParameterList, nn.ParameterDict)
+    return any(
+        isinstance(child, containers) and any(p.requires_grad for p in child.parameters())
+        for child in module.children()
+    )
 
 
 @functools.cache

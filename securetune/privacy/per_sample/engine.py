@@ -30,12 +30,14 @@ from securetune.privacy.per_sample.layout import (
     count_owners,
     flatten,
     lay_out_rows,
+    refuse_changed,
     trainable_parameters,
 )
 from securetune.privacy.per_sample.paths import Path
 from securetune.privacy.per_sample.row_watch import RowWatch, not_by_sample
 from securetune.privacy.per_sample.self_check import check_against_autograd
 from securetune.privacy.per_sample.two_passes import Measuring, Taker, TwoPassGradients
+from securetune_kernels.numerics import without_autocast
 
 _logger = logging.getLogger(__name__)
 
@@ -161,6 +163,11 @@ class PerSampleGradients:
                 "or sum over the batch mixes samples: use reduction='none' and reduce within each sample "
                 "only."
             )
+        if len(losses) and not losses.requires_grad:
+            raise PrivacyError(
+                "losses are not attached to a graph, so nothing would be trained: they were detached, or "
+                "computed under torch.no_grad() or from frozen layers alone. Compute them with gradients."
+            )
         if unit_ids is not None and len(unit_ids) != len(losses):
             raise PrivacyError(f"unit_ids has {len(unit_ids)} entries for {len(losses)} losses.")
         self._start(len(losses))
@@ -180,7 +187,7 @@ class PerSampleGradients:
 
     def _run(self, losses: Tensor, taker: Taker | None, *, retain_graph: bool = False) -> None:
         """Run one backward pass that records, with a proof before the first of its kind."""
-        self._refuse_unfrozen()
+        refuse_changed(self.parameters, self._frozen)
         self._refuse_leftover_gradients("before the pass")
         self._recording = True
         try:
@@ -194,8 +201,8 @@ class PerSampleGradients:
     def _differentiate(self, losses: Tensor, rows: Tensor | None, *, retain_graph: bool) -> None:
         if self.before_pass is not None:
             self.before_pass(losses)
-        part = losses if rows is None else losses[rows]
-        part.sum().backward(retain_graph=retain_graph)
+        with without_autocast():  # it would reach the layers' own backward passes
+            (losses if rows is None else losses[rows]).sum().backward(retain_graph=retain_graph)
 
     def _backward_twice(self, losses: Tensor, units: Tensor | None) -> BatchGradients:
         """Measure in a first pass, and hand out how to run the second."""
@@ -480,20 +487,11 @@ class PerSampleGradients:
         """In a pass that proves isolation, raise if a loss of it reaches the rows of a sample left out."""
         self._isolation.refuse_coupled(self.by_sample(g, name), name)
 
-    def _refuse_unfrozen(self) -> None:
-        unfrozen = [name for name, parameter in self._frozen if parameter.requires_grad]
-        if unfrozen:
-            raise PrivacyError(
-                f"{unfrozen[0]} was unfrozen after PerSampleGradients was made, and {len(unfrozen) - 1} "
-                "others: it would train without clipping and without noise. Freeze it again, or unfreeze it "
-                "before."
-            )
-
     def _refuse_leftover_gradients(self, when: str) -> None:
         found = [place for place in self.parameters if place.parameter.grad is not None]
-        for place in found:
-            place.parameter.grad = None
         if found:
+            for place in found:
+                place.parameter.grad = None
             raise PrivacyError(
                 f"{found[0].name} got an ordinary gradient {when}, which is neither clipped nor noised: it "
                 "is used outside of its module's forward, or another backward() ran. Freeze it "

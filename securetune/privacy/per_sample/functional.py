@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.gradients import TrainableParameter
-from securetune.privacy.per_sample.paths import Path, recorded, recorded_all
+from securetune.privacy.per_sample.paths import Path, recorded, recorded_all, trains_now
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -57,6 +57,9 @@ class FunctionalPath(Path):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module; tensors with one row per sample are split, all other arguments are shared."""
         named = self._named()
+        unknown = [key for key, parameter in named.items() if self.engine.place_of(parameter) is None]
+        if unknown:
+            raise trains_now(self.name, unknown[0])
         draws = _Draws()
         with draws:
             y = self._functional(detach_all(named), args, kwargs)

@@ -24,7 +24,7 @@ from securetune_kernels import (
     linear_grad_norms,
     tied_cross_products,
 )
-from securetune_kernels.numerics import full_precision, row_squared_norms
+from securetune_kernels.numerics import add_rows, full_precision, row_squared_norms
 
 # A norm taken from factors is a sum of products that may cancel, so its rounding error is relative to
 # the sum of their magnitudes. So many units in the last place of that sum are added, which makes the norm an
@@ -226,7 +226,7 @@ class BatchGradients:
     def _sum_by_unit(self, rows: Tensor) -> Tensor:
         if not self._has_joint_units:
             return rows
-        return rows.new_zeros(self.num_units, rows.shape[1]).index_add_(0, self.unit_index, rows)
+        return add_rows(rows.new_zeros(self.num_units, rows.shape[1]), self.unit_index, rows)
 
     def _joined(self, uses: Sequence[tuple[Tensor, ...]], *, widen: bool = True) -> list[Tensor]:
         """Join all uses along ``T``, and the samples of a unit too: ``[U, M T, ...]``, padded with zeros."""
@@ -381,7 +381,7 @@ def accumulate_factored(uses: Uses, keep: Tensor, weights: Tensor, out: Tensor) 
     for ids, g in uses.lookups:
         ids, g = (ids, g) if everything else (ids[keep], g[keep])
         weighted = g.to(out.dtype) * weights[:, None, None]
-        out.view(-1, g.shape[2]).index_add_(0, ids.flatten(), weighted.flatten(0, 1))
+        add_rows(out.view(-1, g.shape[2]), ids.flatten(), weighted.flatten(0, 1))
 
 
 def _of_one_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

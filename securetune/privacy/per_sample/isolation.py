@@ -101,6 +101,7 @@ class IsolationProof:
             raise PrivacyError(
                 f"the samples of a batch are coupled: the loss of one depends on another's values in layer "
                 f"{name}, so no sample's gradient is its own. Causes: batch statistics, in-batch negatives, "
-                "a balance loss of experts, or an input that is not batch-first. Remove the coupling or "
-                "freeze the layer."
+                "a balance loss of experts, an input that is not batch-first, or rows of one record that lie "
+                "apart, as chosen and rejected answers in two halves of a batch (interleave them, or call "
+                "the model once for each half). Remove the coupling or freeze the layer."
             )

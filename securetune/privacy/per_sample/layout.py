@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.gradients import TrainableParameter
@@ -36,6 +37,7 @@ def trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
             name = name.replace(inserted, "")
         if isinstance(model, _WRAPPERS):
             name = name.removeprefix("module.")
+        _refuse_kind(name, parameter)
         shape = whole_shape(parameter)
         stop = start + shape.numel()
         places.append(TrainableParameter(name, parameter, len(places), start, stop, shape))
@@ -52,6 +54,50 @@ def trainable_parameters(model: nn.Module) -> list[TrainableParameter]:
             "first."
         )
     return places
+
+
+def _refuse_kind(name: str, parameter: nn.Parameter) -> None:
+    if is_lazy(parameter):
+        raise PrivacyError(f"{name} has no shape yet. Run the model once on any input before.")
+    if parameter.is_complex():
+        kind = str(parameter.dtype).removeprefix("torch.")
+        raise PrivacyError(
+            f"{name} is {kind}, and clipping and noise are for real numbers. Make it a real parameter "
+            "(torch.view_as_real) that forward turns into a complex one, or freeze it."
+        )
+
+
+def refuse_changed(
+    parameters: Sequence[TrainableParameter], frozen: Sequence[tuple[str, nn.Parameter]]
+) -> None:
+    """Refuse a pass on other trainable parameters than those that the engine was made for.
+
+    Args:
+        parameters: Those that trained then.
+        frozen: Names and parameters that were frozen then.
+
+    Raises:
+        PrivacyError: If one was frozen or unfrozen since, or has a hook that its gradients would not meet.
+    """
+    unfrozen = [name for name, parameter in frozen if parameter.requires_grad]
+    if unfrozen:
+        raise PrivacyError(
+            f"{unfrozen[0]} was unfrozen after PerSampleGradients was made, and {len(unfrozen) - 1} others: "
+            "it would train without clipping and without noise. Freeze it again, or unfreeze it before."
+        )
+    no_longer = [place.name for place in parameters if not place.parameter.requires_grad]
+    if no_longer:
+        raise PrivacyError(
+            f"{no_longer[0]} was frozen after PerSampleGradients was made, and {len(no_longer) - 1} others: "
+            "noise would still move it. Unfreeze it again, or freeze it before."
+        )
+    hooked = [place.name for place in parameters if place.parameter._backward_hooks]
+    if hooked:
+        raise PrivacyError(
+            f"{hooked[0]} has a hook (register_hook), and {len(hooked) - 1} others: hooks change summed "
+            "gradients, of which there are none here. Remove it; to train a part of a table use peft's "
+            "TrainableTokensConfig, to leave parameters out freeze them."
+        )
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.frozen import FrozenLinearPath, frozen_linear
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
-from securetune.privacy.per_sample.paths import Path
+from securetune.privacy.per_sample.paths import Path, trains_now
 from securetune_kernels import Adapter, lora_per_sample_grads
 
 if TYPE_CHECKING:
@@ -24,23 +24,48 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LoraLayer:
-    """The active adapter of one LoRA layer; its parameters are read anew, since wrappers exchange them."""
+class ActiveAdapter:
+    """The adapter of a layer that was active when the engine was made.
 
-    down: nn.Module
-    up: nn.Module
-    scaling: float
-    dropout: nn.Module
+    Its parts are read anew, since wrappers exchange parameters and users change scales.
+    """
+
+    layer: Any
+    key: str
 
     @property
     def a(self) -> nn.Parameter:
-        """``[r, d]``."""
-        return self.down.weight  # pyright: ignore[reportReturnType]
+        """``[r, d]``, of all experts one after another where the layer wraps experts."""
+        return self.layer.lora_A[self.key].weight
 
     @property
     def b(self) -> nn.Parameter:
-        """``[p, r]``."""
-        return self.up.weight  # pyright: ignore[reportReturnType]
+        """``[p, r]``, likewise."""
+        return self.layer.lora_B[self.key].weight
+
+    @property
+    def scaling(self) -> float:
+        """What the adapter's output is multiplied by."""
+        return float(self.layer.scaling[self.key])
+
+    def is_off(self, name: str) -> bool:
+        """Whether the layer runs without its adapter, or with merged weights.
+
+        Args:
+            name: The layer's name.
+
+        Returns:
+            Whether peft's own forward is the one to run.
+
+        Raises:
+            PrivacyError: If another adapter is active now.
+        """
+        if self.layer.disable_adapters or self.layer.merged:
+            return True
+        active = active_adapters(self.layer)
+        if active != [self.key]:
+            raise trains_now(name, f"the adapters {', '.join(active) or '(none)'} instead of {self.key}")
+        return False
 
 
 class LoraPath(Path):
@@ -48,13 +73,9 @@ class LoraPath(Path):
 
     def __init__(self, engine: "PerSampleGradients", name: str, module: Any) -> None:
         super().__init__(engine, name, module)
-        (key,) = _active_adapters(module)
-        self.layer = LoraLayer(
-            module.lora_A[key],
-            module.lora_B[key],
-            float(module.scaling[key]),
-            module.lora_dropout[key],
-        )
+        (key,) = active_adapters(module)
+        self.layer = ActiveAdapter(module, key)
+        self._dropout = module.lora_dropout[key]
         self._place_a, self._place_b = self.place(self.layer.a), self.place(self.layer.b)
         if self._place_a is None or self._place_b is None:
             raise PrivacyError(
@@ -74,10 +95,10 @@ class LoraPath(Path):
 
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer; ``x``: ``[B, ..., d]``."""
-        if self.module.disable_adapters or self.module.merged:
+        if self.layer.is_off(self.name):
             return self._original(x, *args, **kwargs)
         layer, base = self.layer, self.module.base_layer
-        dropped = layer.dropout(x)
+        dropped = self._dropout(x)
         if _is_plain(base) and dropped is x and not torch.is_autocast_enabled(x.device.type):
             return _LinearWithAdapter.apply(x, layer.a, layer.b, base.weight, base.bias, self)
         return _AddAdapter.apply(base(x, *args, **kwargs), dropped, layer.a, layer.b, self)
@@ -109,7 +130,7 @@ class _LinearWithAdapter(torch.autograd.Function):
     ) -> Tensor:
         y = frozen_linear(x, weight, bias)
         a, b = a.to(y.dtype), b.to(y.dtype)
-        h = x.reshape(-1, x.shape[-1]) @ a.t()  # [B T, r]
+        h = _to_rank(x.reshape(-1, x.shape[-1]), a)  # [B T, r]
         y.view(-1, y.shape[-1]).addmm_(h, b.t(), alpha=path.layer.scaling)
         ctx.save_for_backward(x, h, weight, a, b)
         ctx.path = path
@@ -120,7 +141,7 @@ class _LinearWithAdapter(torch.autograd.Function):
         (g,) = grad_outputs
         x, h, weight, a, b = ctx.saved_tensors
         g2 = g.reshape(-1, g.shape[-1])
-        g_low = _times_narrow(g2, b).mul_(ctx.path.layer.scaling)  # [B T, r]
+        g_low = _to_rank(g2, b.t()).mul_(ctx.path.layer.scaling)  # [B T, r]
         ctx.path.record(x, h, g, g_low)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -134,7 +155,7 @@ class _AddAdapter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, path: LoraPath) -> Tensor:
         a, b = a.to(y.dtype), b.to(y.dtype)
-        h = x.to(y.dtype).reshape(-1, x.shape[-1]) @ a.t()
+        h = _to_rank(x.to(y.dtype).reshape(-1, x.shape[-1]), a)
         ctx.save_for_backward(x, h, a, b)
         ctx.path = path
         return y + (h @ b.t()).mul_(path.layer.scaling).view(y.shape)
@@ -143,7 +164,7 @@ class _AddAdapter(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grad_outputs
         x, h, a, b = ctx.saved_tensors
-        g_low = _times_narrow(g.reshape(-1, g.shape[-1]), b).mul_(ctx.path.layer.scaling)
+        g_low = _to_rank(g.reshape(-1, g.shape[-1]), b.t()).mul_(ctx.path.layer.scaling)
         ctx.path.record(x, h, g, g_low)
         dx = (g_low @ a).view(x.shape).to(x.dtype) if ctx.needs_input_grad[1] else None
         return g, dx, None, None, None
@@ -156,9 +177,14 @@ def _is_plain(base: nn.Module) -> bool:
     )
 
 
-def _times_narrow(g: Tensor, b: Tensor) -> Tensor:
-    """Compute ``g @ b`` with ``b [p, r]`` laid out by columns: twice as fast on CPUs for a small ``r``."""
-    return g @ b.t().contiguous().t()
+def _to_rank(x: Tensor, w: Tensor) -> Tensor:
+    """Compute ``x w^T``; ``x``: ``[N, d]``, ``w``: ``[r, d]``.
+
+    Transposed on CPUs, where few rows are up to twice as fast as few columns.
+    """
+    if x.device.type == "cpu":
+        return (w @ x.t()).t()
+    return x @ w.t()
 
 
 def is_plain_lora(name: str, module: nn.Module) -> bool:
@@ -178,7 +204,7 @@ def is_plain_lora(name: str, module: nn.Module) -> bool:
 
     if not isinstance(module, PeftLoraLayer):
         return False
-    adapters = _active_adapters(module)
+    adapters = active_adapters(module)
     if len(adapters) > 1:
         raise PrivacyError(
             f"layer {name} has {len(adapters)} active adapters ({', '.join(adapters)}); activate exactly one."
@@ -192,5 +218,6 @@ def is_plain_lora(name: str, module: nn.Module) -> bool:
     return bool(is_trained) and isinstance(a, nn.Linear) and b.bias is None
 
 
-def _active_adapters(module: Any) -> list[str]:
+def active_adapters(module: Any) -> list[str]:
+    """Return the names of a layer's adapters that are active, of those that it has."""
     return [key for key in module.active_adapters if key in module.lora_A]

@@ -8,7 +8,6 @@ Dimensions: ``B`` samples, ``N`` tokens of all samples, ``E`` experts, ``k`` exp
     slots (token-major), ``d`` and ``p`` input and output features, ``r`` rank of an adapter.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.functional import FunctionalPath
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d, by_expert
+from securetune.privacy.per_sample.lora import ActiveAdapter, active_adapters
 from securetune.privacy.per_sample.paths import Path, detached, record_sums, recorded, without_frozen
 from securetune_kernels.numerics import full_precision
 
@@ -28,18 +28,12 @@ if TYPE_CHECKING:
 _CASTS = (Tensor.float, Tensor.to, Tensor.type)
 
 
-@dataclass(frozen=True)
-class _Adapter:
+class _Adapter(ActiveAdapter):
     """A peft adapter of one of the experts' weights (``target_parameters``)."""
-
-    wrapper: Any
-    a: nn.Parameter  # [E r, d]
-    b: nn.Parameter  # [p, r E]
-    scaling: float
 
     def of_expert(self, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``[r, d]`` and ``[p, r]``: one expert's share, as peft lays it out."""
-        count = self.wrapper.num_experts
+        count = self.layer.num_experts
         a = self.a.detach().unflatten(0, (count, -1))[expert]
         b = self.b.detach().unflatten(1, (-1, count))[:, :, expert]
         return a.to(dtype), b.to(dtype)
@@ -82,9 +76,7 @@ class ExpertsPath(Path):
 
     def run(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run the experts; ``x``: ``[N, d]``, ``top_k_index`` and ``top_k_weights``: ``[N, k]``."""
-        if any(
-            adapter.wrapper.disable_adapters or adapter.wrapper.merged for adapter in self._adapters.values()
-        ):
+        if any(adapter.is_off(self.name) for adapter in self._adapters.values()):
             return self._original(x, top_k_index, top_k_weights)
         experts = self._experts
         routes = _Routes(top_k_index.reshape(-1), experts.num_experts)
@@ -155,7 +147,7 @@ class ExpertsPath(Path):
 
     def _record_adapter(self, adapter: _Adapter, x: Tensor, g: Tensor, expert: Tensor) -> None:
         """Write ``dA_e = s (g B_e)^T x`` and ``dB_e = s g^T (x A_e^T)`` for each sample and expert."""
-        count, samples = adapter.wrapper.num_experts, len(g)
+        count, samples = adapter.layer.num_experts, len(g)
         grad_a = g.new_zeros(samples, *adapter.a.unflatten(0, (count, -1)).shape)  # [B, E, r, d]
         grad_b = g.new_zeros(samples, *adapter.b.unflatten(1, (-1, count)).shape)  # [B, p, r, E]
         for index, part_x, part_g in by_expert(x, g, expert):
@@ -240,7 +232,7 @@ class AdaptedRouterPath(Path):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the router's own forward."""
-        if self.module.disable_adapters or self.module.merged:
+        if self._adapter.is_off(self.name):
             return self._original(*args, **kwargs)
         with _LinearOfRouter(self, is_watched=True) as mode:
             y = self.router(*args, **kwargs)
@@ -390,13 +382,12 @@ def _adapters(name: str, module: Any) -> dict[str, _Adapter]:
     found: dict[str, _Adapter] = {}
     while isinstance(module, ParamWrapper):
         wrapper: Any = module
-        active = [key for key in module.active_adapters if key in module.lora_A]
+        active = active_adapters(wrapper)
         if len(active) != 1 or module.parameter_name in found:
             raise PrivacyError(
                 f"layer {name} has {len(active)} active adapters of {wrapper.parameter_name}; activate one."
             )
-        a, b = wrapper.lora_A[active[0]].weight, wrapper.lora_B[active[0]].weight
-        found[wrapper.parameter_name] = _Adapter(wrapper, a, b, float(wrapper.scaling[active[0]]))
+        found[wrapper.parameter_name] = _Adapter(wrapper, active[0])
         module = module.base_layer
     return found
 

@@ -107,7 +107,19 @@ class Path:
             return self._original(*args, **kwargs)
         if self.engine.are_exchanged:
             self.engine.meet(self._owned)
+        else:
+            self._refuse_replaced()
         return self.run(*args, **kwargs)
+
+    def _refuse_replaced(self) -> None:
+        """Refuse parameters in the place of those that the engine knows: they would get no gradient."""
+        for part, key, place in self._owned:
+            if key not in part._parameters or part._parameters[key] is not place.parameter:
+                raise PrivacyError(
+                    f"{place.name} is another tensor than when PerSampleGradients was made, and would get no "
+                    "gradient (load_state_dict(assign=True), functional_call, a new parameter). Load weights "
+                    "in place, or make PerSampleGradients after the change."
+                )
 
 
 class DensePath(Path):
@@ -369,6 +381,23 @@ def record_sums(path: Path, place: TrainableParameter, products: Tensor) -> None
     (rows,), is_added = engine.rows_to_write(place)
     per_sample_sums(
         products.reshape(len(products), -1, math.prod(place.shape)), rows.flatten(1), accumulate=is_added
+    )
+
+
+def trains_now(name: str, what: str) -> PrivacyError:
+    """Explain that something trains which the engine does not know.
+
+    Args:
+        name: The layer's name.
+        what: What trains in it.
+
+    Returns:
+        The error to raise.
+    """
+    return PrivacyError(
+        f"layer {name} trains {what} now, which it did not when PerSampleGradients was made, so it would get "
+        "no gradient. Activate the adapter of then and freeze what is new, or make PerSampleGradients after "
+        "the change."
     )
 
 

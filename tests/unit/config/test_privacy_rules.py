@@ -189,11 +189,6 @@ TRUNCATED = {
             "cannot be 'adaptive' with noise = 'matrix_factorization': all steps are one mechanism with one",
         ),
         (
-            {**FACTORED, **USERS},
-            "privacy.noise",
-            "cannot be 'matrix_factorization' with unit = 'user': users have no fixed order of batches here.",
-        ),
-        (
             {**FACTORED, "privacy.enabled": False},
             "privacy.noise",
             "has no effect with privacy.enabled = false: no noise is added. Remove it.",
@@ -240,6 +235,7 @@ def test_rule(changes, path, message):
         TRUNCATED,
         USERS,
         FACTORED,
+        {**FACTORED, **USERS},
         {
             **FACTORED,
             "privacy.sample_rate": 0.143,

@@ -97,4 +97,5 @@ def test_every_op_of_the_step_runs_its_kernel(with_adapters, expected, launched,
     monkeypatch.setenv("SECURETUNE_BACKEND", "triton")
     found = step_of(tiny_model(with_adapters=with_adapters), kernel_device)
     assert expected <= launched
+    assert torch.equal(found, step_of(tiny_model(with_adapters=with_adapters), kernel_device))
     torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)

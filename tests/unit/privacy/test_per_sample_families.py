@@ -304,15 +304,28 @@ class TestModuleWithSeveralOutputs:
             model = nn.Sequential(Attention(6, 2, batch_first=True)).double()
             assert_exact(random_parameters(model), x)
 
-    @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
-    def test_recurrent_layers(self, kind):
+
+class TestRecurrentLayers:
+    @pytest.mark.parametrize("read", ["output", "state", "both"])
+    @pytest.mark.parametrize("batch_first", [True, False])
+    @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+    @pytest.mark.parametrize("options", [{}, {"num_layers": 3, "bidirectional": True}], ids=["one", "deep"])
+    def test_outputs_and_states(self, kind, options, batch_first, read):
         class Whole(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.layer = kind(6, 3, batch_first=True)
+                self.start, self.layer = nn.Linear(6, 3), kind(6, 3, batch_first=batch_first, **options)
 
             def forward(self, x):
-                return self.layer(x)[0]
+                layers = self.layer.num_layers * (1 + self.layer.bidirectional)
+                first = self.start(x[:, 0]).expand(layers, -1, -1).contiguous()
+                start = (first, first.sin()) if kind is nn.LSTM else first
+                y, last = self.layer(x if batch_first else x.transpose(0, 1), start)
+                y = y if batch_first else y.transpose(0, 1)
+                state = torch.cat(last if kind is nn.LSTM else (last,)).transpose(0, 1)
+                if read == "output":
+                    return y
+                return state if read == "state" else y.sum(dim=(1, 2))[:, None] * state.flatten(1)
 
         x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         assert_exact(random_parameters(Whole().double()), x)

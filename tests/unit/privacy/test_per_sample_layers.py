@@ -129,6 +129,13 @@ class TestDense:
         model[0].register_forward_hook(lambda _, __, output: 3 * output)
         assert_exact(model, randn(3, 4, 6))
 
+    def test_scripted(self):
+        model = nn.Sequential(torch.jit.script(nn.Linear(6, 4)), nn.Linear(4, 3)).double()
+        x, parameters = randn(3, 5, 6), list(model.parameters())
+        rows = [torch.autograd.grad(square_losses(model, row).sum(), parameters) for row in x.split(1)]
+        truth = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])  # cannot be copied
+        assert_exact(model, x, expected=truth)
+
     def test_subclass_with_a_forward_of_its_own(self):
         class Scaled(nn.Linear):
             def forward(self, x):
@@ -257,6 +264,22 @@ class Mix(nn.Module):
 
 
 class TestBareParameters:
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_lists_and_dictionaries_of_parameters(self, nested):
+        class Listed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first = nn.Linear(6, 6)
+                self.rows = nn.ParameterList([torch.ones(6), torch.ones(6, 6)])
+                self.named = nn.ParameterDict({"scale": torch.ones(6)})
+
+            def forward(self, x):
+                x = self.first(x) * self.rows[0]
+                return torch.tanh(x @ self.rows[1]) * self.named["scale"]
+
+        model = sequence(nn.Linear(6, 6), Listed()) if nested else Listed().double()
+        assert_exact(random_parameters(model), randn(3, 5, 6))
+
     def test_of_an_inner_module(self):
         assert_exact(sequence(nn.Linear(6, 6), Mix()), randn(3, 7, 6))
 

@@ -1,6 +1,7 @@
 """Uses whose per-sample gradients would be wrong, missing or coupled: each is refused, with the reason."""
 
 import copy
+import functools
 import pickle
 
 import peft
@@ -149,9 +150,14 @@ class TestModules:
 
         refused(using(Row(), use), randn(4, 4, 6), "differs from that in the batch|Mismatch")
 
-    def test_last_state_of_a_recurrent_layer(self):
-        model = using(nn.GRU(6, 3, batch_first=True), lambda layer, x: layer(x)[1][-1])
-        refused(model, randn(4, 5, 6), "saw 1 rows where the batch has 4 samples")
+    @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM])
+    def test_packed_sequences_of_a_recurrent_layer(self, kind):
+        def use(layer, x):
+            packed = nn.utils.rnn.pack_padded_sequence(x, torch.full((len(x),), 5), batch_first=True)
+            return nn.utils.rnn.pad_packed_sequence(layer(packed)[0], batch_first=True)[0]
+
+        model = using(kind(6, 3, batch_first=True), use)
+        refused(model, randn(4, 5, 6), "rows of several samples lie mixed.*Pad them instead")
 
     def test_attention_of_torch_that_is_not_batch_first(self):
         def use(layer, x):
@@ -363,3 +369,97 @@ class TestOneModelOneEngine:
         model[0].weight.grad = torch.ones(6, 6, dtype=torch.float64)
         with pytest.raises(PrivacyError, match=r"0\.weight got an ordinary gradient before"):
             engine.backward(square_losses(model, randn(4, 6)))
+
+
+class TestParameters:
+    def test_complex_one(self):
+        model = using(nn.Linear(6, 6), lambda layer, x: layer(x)).to(torch.complex128)
+        with pytest.raises(PrivacyError, match=r"layer\.weight is complex128.*view_as_real"):
+            PerSampleGradients(model)
+
+    def test_one_without_a_shape_yet(self):
+        model = nn.Sequential(nn.LazyLinear(3))
+        with pytest.raises(PrivacyError, match=r"0\.weight has no shape yet.*Run the model once"):
+            PerSampleGradients(model)
+
+    def test_one_whose_gradient_a_hook_would_change(self):
+        model = nn.Sequential(nn.Embedding(9, 6)).double()
+        model[0].weight.register_hook(lambda g: g * torch.arange(9)[:, None])
+        refused(model, torch.arange(8).view(4, 2), r"0\.weight has a hook.*TrainableTokensConfig")
+
+    def test_one_that_was_frozen_afterwards(self):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)).double()
+        engine = PerSampleGradients(model)
+        model[0].requires_grad_(False)
+        with pytest.raises(PrivacyError, match=r"0\.weight was frozen after PerSampleGradients was made"):
+            engine.backward(square_losses(model, randn(4, 6)))
+
+    def test_losses_that_do_not_depend_on_any(self):
+        model = nn.Sequential(nn.Linear(6, 6)).double()
+        engine = PerSampleGradients(model)
+        with pytest.raises(PrivacyError, match=r"losses are not attached to a graph.*no_grad"):
+            engine.backward(square_losses(model, randn(4, 6)).detach())
+
+    @pytest.mark.parametrize("adapted", [True, False])
+    def test_records_in_two_halves_of_one_batch(self, adapted):
+        model = using(nn.Linear(6, 6), lambda layer, x: layer(x))
+        if adapted:
+            model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["layer"])).double()
+
+        def halves(model, x):
+            chosen, rejected = square_losses(model, torch.cat([x, 2 * x])).chunk(2)
+            return chosen - rejected.square()
+
+        refused(
+            model,
+            randn(4, 6),
+            "are coupled.*rejected answers.*interleave them, or call the model once",
+            halves,
+        )
+
+
+class TestModelThatChangedAfterwards:
+    @staticmethod
+    def adapted(**options) -> nn.Module:
+        layer = Using(nn.Linear(6, 6), lambda layer, x: layer(x))
+        lora = peft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False, **options)
+        return peft.get_peft_model(layer, lora, autocast_adapter_dtype=False).double()
+
+    @pytest.mark.parametrize(
+        "model",
+        [nn.Linear(6, 6), nn.LayerNorm(6), nn.RMSNorm(6), nn.PReLU(), "lora"],
+        ids=["dense", "layer norm", "rms norm", "any other", "lora"],
+    )
+    @pytest.mark.parametrize("change", ["assign", "functional_call"])
+    def test_parameters_that_are_other_tensors_now(self, model, change):
+        model = self.adapted() if model == "lora" else nn.Sequential(copy.deepcopy(model)).double()
+        engine = PerSampleGradients(model)
+        values = {name: value.clone() for name, value in model.state_dict().items()}
+        if change == "assign":
+            model.load_state_dict(values, assign=True)
+            run = model
+        else:
+            run = functools.partial(torch.func.functional_call, model, values)
+        with pytest.raises(PrivacyError, match="is another tensor than when PerSample") as error:
+            run(randn(4, 5, 6))
+        assert any(name in str(error.value) for name in engine.parameter_names())
+
+    @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+    def test_another_adapter_is_active(self, options):
+        model = self.adapted(**options)
+        engine = PerSampleGradients(model)
+        model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["layer"], **options))
+        model.double().set_adapter("second")
+        with pytest.raises(PrivacyError, match=r"base_model\.model\.layer trains .*second.* now"):
+            engine.backward(square_losses(model, randn(4, 6)))
+        model.set_adapter("default")
+        engine.backward(square_losses(model, randn(4, 6)))
+
+    def test_scale_of_the_adapter_is_read_each_time(self):
+        model = self.adapted()
+        other = copy.deepcopy(model)
+        engine = PerSampleGradients(model)
+        for changed in (model, other):
+            changed.base_model.model.layer.set_scale("default", 3.0)
+        truth = one_by_one(other, randn(4, 6))
+        assert relative_error(engine.backward(square_losses(model, randn(4, 6))).materialize(), truth) < 1e-12

@@ -137,6 +137,34 @@ def test_trap_25_noise_and_sum_of_a_bfloat16_model_are_float32():
     assert len(seen[0].unique()) > 0.99 * engine.num_params
 
 
+# the norms would be several per cent too small, and each sample clipped too little
+@pytest.mark.parametrize("kind", ["dense", "adapter", "convolution", "norm layer"])
+@pytest.mark.parametrize("where", ["backward", "norms and sum"])
+def test_trap_25_autocast_around_the_step_does_not_round_it(kind, where):
+    torch.manual_seed(0)
+    layers = {
+        "dense": [nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 30)],
+        "adapter": [nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 30)],
+        "convolution": [nn.Conv1d(5, 8, 3), nn.GroupNorm(2, 8), nn.Conv1d(8, 5, 1)],
+        "norm layer": [nn.RMSNorm(40), nn.Linear(40, 50), nn.LayerNorm(50)],
+    }
+    model: nn.Module = nn.Sequential(*layers[kind])
+    if kind == "adapter":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["0", "2"]))
+    engine = PerSampleGradients(random_parameters(model))
+    x = torch.randn(3, 5, 40)
+    results = []
+    for is_enabled in (False, True):
+        losses = square_losses(model, x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled and where == "backward"):
+            batch = engine.backward(losses)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled and where == "norms and sum"):
+            summed = torch.zeros(engine.num_params)
+            batch.accumulate(torch.ones(3, 1), summed)
+            results.append(torch.cat([batch.squared_norms().flatten(), summed]))
+    assert torch.equal(results[1], results[0])
+
+
 # Opacus: one sample that is not finite reaches the released gradient
 @pytest.mark.parametrize("kind", [FlatClipping, PerLayerClipping, AutomaticClipping])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
@@ -210,6 +238,14 @@ def test_trap_31_optimizer_must_own_the_trainable_parameters_and_nothing_else(wh
         model.places.requires_grad_(True)
     with pytest.raises(PrivacyError, match="would train without noise"):
         step.finish()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_trap_31_optimizer_that_cannot_take_the_step_is_refused_before_anything_is_charged(kind):
+    engine = PerSampleGradients(small_model(tied=False))
+    optimizer = kind([place.parameter for place in engine.parameters])
+    with pytest.raises(PrivacyError, match=rf"{kind.__name__} .* Use another, such as torch\.optim\.AdamW"):
+        private(engine, optimizer=optimizer)
 
 
 def test_trap_31_parameter_unfrozen_later_is_refused_whoever_owns_it():

@@ -13,6 +13,7 @@ from securetune.privacy.adaptive_clipping import AdaptiveClipping
 from securetune.privacy.clipping import NormalizedClipping, PerLayerClipping
 from securetune.privacy.ledger import read_ledger
 from securetune.privacy.noise import NoiseSource
+from securetune.privacy.participation import EpochOrderSampler
 from securetune.privacy.private import make_private
 from securetune.privacy.sampling import PoissonSampler, TruncatedPoissonSampler
 from securetune.privacy.units import UserSampler
@@ -474,6 +475,14 @@ def test_refused_arguments_leave_the_model_as_it_was(tmp_path):
         (
             {"sampler": UserSampler("ABCDEF", PoissonSampler(6, 0.5), max_records_per_user=1)},
             "draws from 6 records, but 12",
+        ),
+        (
+            {"sampler": EpochOrderSampler(N, 4, steps=8)},
+            r"EpochOrderSampler\(.*fixed order.*Give sample_rate or a random sampler, or build a PrivateStep",
+        ),
+        (
+            {"sampler": UserSampler("AB" * 6, EpochOrderSampler(2, 4, steps=8), max_records_per_user=1)},
+            r"UserSampler\(.*fixed order.*Give sample_rate or a random sampler, or build a PrivateStep",
         ),
     ],
 )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from securetune.privacy.accounting import epsilon_of_phases, unit_statement
+from securetune.privacy.participation import EpochOrderSampler, ParticipationTracker
 from securetune.privacy.sampling import FixedSizeSampler, PoissonSampler, TruncatedPoissonSampler
 from securetune.privacy.units import DrawnRecord, UserSampler
 
@@ -164,3 +165,26 @@ def test_the_cap_is_in_the_statement():
     assert unit_statement("user", max_records_per_unit=4).startswith(
         "one user, with up to 4 records in a step"
     )
+
+
+@given(
+    user_ids=st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=40),
+    batches=st.integers(1, 5),
+    steps=st.integers(1, 12),
+    cap=st.integers(1, 3),
+)
+def test_users_in_a_fixed_order_keep_its_pattern_with_all_their_records(user_ids, batches, steps, cap):
+    order = EpochOrderSampler(len(set(user_ids)), batches, steps=steps, key=KEY)
+    sampler = UserSampler(user_ids, order, max_records_per_user=cap, key=OTHER_KEY)
+    assert sampler.participation == order.participation
+    tracker = ParticipationTracker(order.participation)
+    users = list(dict.fromkeys(user_ids))
+    for step in range(steps):
+        drawn = sampler.draw(step)
+        taken = dict.fromkeys(record.unit_id for record in drawn)
+        tracker.admit(step, [users.index(user) for user in taken])
+        for user in taken:
+            assert sum(record.unit_id == user for record in drawn) == min(cap, user_ids.count(user))
+    assert sampler.phase(2.0, 1) == order.phase(2.0, 1)
+    assert sampler.describe().unit == "user"
+    assert everyone(user_ids, cap).participation is None

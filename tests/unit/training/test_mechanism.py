@@ -14,7 +14,8 @@ from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.sampling import FixedSizeSampler, PoissonSampler
 from securetune.privacy.statements import noise_statement, sampling_statement
 from securetune.privacy.step import OrdinaryStep
-from securetune.training.drawing import make_sampler
+from securetune.privacy.units import UserSampler
+from securetune.training.drawing import make_sampler, make_unit_sampler
 from securetune.training.folder import RunFolder
 from securetune.training.loop import Trainer, make_optimizer
 from securetune.training.mechanism import (
@@ -158,6 +159,24 @@ def test_correlated_noise_is_one_mechanism_and_one_more_for_each_resumption():
     assert "Poisson" not in sampling_statement(header) + noise_statement(header)
     assert "without amplification by sampling; add or remove one record" in sampling_statement(header)
     assert "a record takes part every 4 steps, 3 times at most" in noise_statement(header)
+
+
+def test_correlated_noise_for_users_has_the_mechanism_of_records_and_says_whom_it_protects():
+    users = {"privacy.unit": "user", "privacy.max_records_per_user": 4, "data.user_field": "author"}
+    recipe = sample_recipe({**FACTORED, **users, "data.private": {"path": "notes.jsonl"}})
+    for_records = sample_recipe(FACTORED)
+    assert make_mechanism(recipe, steps_done=7) == make_mechanism(for_records, steps_done=7)
+    assert privacy_spec(recipe) == privacy_spec(for_records)
+    header = planned_header(recipe, plan_privacy(privacy_spec(recipe)))
+    assert (header.unit, header.max_records_per_unit) == ("user", 4)
+    assert sampling_statement(header) == (
+        "batches in a secret fixed order, without amplification by sampling, up to 4 records of each; add or "
+        "remove one user; the number of users is private"
+    )
+    assert "a user takes part every 4 steps, 3 times at most" in noise_statement(header)
+    sampler = make_unit_sampler(recipe, ["anna", "berta", "anna"], steps_done=7)
+    assert isinstance(sampler, UserSampler)
+    assert sampler.participation == make_mechanism(recipe, steps_done=7).participation
 
 
 def private_run(folder, recipe, *, sample_rate=1.0):

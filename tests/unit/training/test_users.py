@@ -2,7 +2,9 @@
 
 import json
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,9 @@ from securetune.errors import DataError, PrivacyError
 from securetune.models.base import load_base
 from securetune.privacy.clipping import ROUNDING_EXCESS, FlatClipping
 from securetune.privacy.ledger import Ledger, LedgerHeader, read_ledger
+from securetune.privacy.matrix_factorization import MatrixMechanism
 from securetune.privacy.noise import NoiseSource
+from securetune.privacy.participation import EpochOrderSampler
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.sampling import PoissonSampler
 from securetune.privacy.step import PrivateStep
@@ -105,15 +109,19 @@ def test_fewer_users_than_a_batch_are_refused(workshop):
         prepare(recipe_of(workshop, "small", privacy=privacy))
 
 
+THRESHOLD = 0.01
+
+
 class Users:
     """Twelve examples of four users, with a private step that tells what it was given."""
 
-    def __init__(self, folder, *, micro=64, cap=3, noise_multiplier=1.0):
-        from dataclasses import replace
-
+    def __init__(self, folder, *, micro=64, cap=3, noise_multiplier=1.0, without=None, order=None):
         self.head = make_head()
+        users = [f"user{index % 4}" for index in range(12)]
         self.examples = [
-            replace(example, user_id=f"user{index % 4}") for index, example in enumerate(make_examples(12))
+            replace(example, user_id=user)
+            for user, example in zip(users, make_examples(12), strict=True)
+            if user != without
         ]
         grads = PerSampleGradients(self.head.model)
         header = LedgerHeader(
@@ -121,24 +129,24 @@ class Users:
             max_records_per_unit=cap,
             noise_multiplier=noise_multiplier,
             sample_rate=1.0,
-            max_grad_norm=0.01,
+            max_grad_norm=THRESHOLD,
             delta=1e-3,
             expected_batch_size=4,
-            planned_steps=3,
+            planned_steps=20,
             reportable_epsilon=False,
         )
         self.step = PrivateStep(
             grads,
             torch.optim.SGD([grads.flat_params], lr=0.0),
-            clipping=FlatClipping(0.01),
+            clipping=FlatClipping(THRESHOLD),
             noise_multiplier=noise_multiplier,
             expected_batch_size=4,
             noise=NoiseSource(key=bytes(32)),
             ledger=Ledger(folder / "ledger.jsonl", header),
         )
-        sampler = UserSampler(
+        self.sampler = UserSampler(
             [example.user_id or "" for example in self.examples],
-            PoissonSampler(4, 1.0, key=bytes(32)),
+            order or PoissonSampler(4, 1.0, key=bytes(32)),
             max_records_per_user=cap,
             key=bytes(32),
         )
@@ -149,7 +157,19 @@ class Users:
             self.calls.append(ids) or accumulate(losses, ids, **options)
         )
         self.step.finish = lambda: self.sums.append(self.step.summed.clone()) or finish()
-        self.trainer = Trainer(self.head, self.step, sampler, self.examples, micro_batch_tokens=micro)
+        self.trainer = Trainer(self.head, self.step, self.sampler, self.examples, micro_batch_tokens=micro)
+
+
+def true_gradient(users, user):
+    """By autograd, in float64: the sum over a user's records, clipped to the threshold."""
+    head = make_head()
+    parameters = dict(head.model.named_parameters())
+    batch = collate([example for example in users.examples if example.user_id == f"user{user}"])
+    loss = head.losses(head.embed(batch), batch).sum()
+    names = [place.name for place in users.step.grads.parameters]
+    grads = torch.autograd.grad(loss, [parameters[name] for name in names])
+    flat = torch.cat([gradient.flatten() for gradient in grads])
+    return flat * (THRESHOLD / flat.norm())
 
 
 @pytest.mark.parametrize("micro", [1, 40, 64, 1000])
@@ -161,22 +181,42 @@ def test_records_of_a_user_come_in_one_micro_batch_and_are_clipped_once(tmp_path
     seen = [user for ids in users.calls for user in set(ids)]
     assert sorted(seen) == ["user0", "user1", "user2", "user3"]  # each in one micro-batch only
     expected = torch.zeros_like(users.sums[0])
-    other = make_head()
-    parameters = dict(other.model.named_parameters())
-    for user in range(4):  # by autograd: the sum over a user's records, clipped to the threshold
-        batch = collate(users.examples[user::4])
-        loss = other.losses(other.embed(batch), batch).sum()
-        names = [place.name for place in users.step.grads.parameters]
-        grads = torch.autograd.grad(loss, [parameters[name] for name in names])
-        flat = torch.cat([gradient.flatten() for gradient in grads]).to(expected)
-        expected += flat * (0.01 / flat.norm())
+    for user in range(4):
+        expected += true_gradient(users, user).to(expected)
     torch.testing.assert_close(users.sums[0], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_user_in_a_fixed_order_moves_the_whole_mechanism_by_its_sensitivity(tmp_path):
+    """All steps' sums with and without the last user, times the matrix that the noise is calibrated for."""
+    steps, batches = 10, 3
+    both = []
+    for name, without in (("with", None), ("without", "user3")):
+        order = EpochOrderSampler(3 if without else 4, batches, steps=steps, key=bytes(32))
+        (tmp_path / name).mkdir()
+        users = Users(tmp_path / name, without=without, order=order)
+        for number in range(1, steps + 1):
+            users.trainer.run_step(number)
+        both.append((torch.stack(users.sums).double(), users))
+    (present, users), (absent, _) = both
+    own = [step for step in range(steps) if (present[step] - absent[step]).any()]
+    assert own == list(range(own[0], steps, batches))
+    truth = true_gradient(users, 3)
+    for step in own:
+        torch.testing.assert_close(present[step] - absent[step], truth, rtol=1e-4, atol=1e-7)
+    mechanism = MatrixMechanism(participation=users.sampler.participation, bands=4)
+    lag = np.subtract.outer(np.arange(steps), np.arange(steps))
+    matrix = torch.from_numpy(np.where(lag >= 0, mechanism.strategy_coefficients[abs(lag)], 0.0))
+    moved = float((matrix @ (present - absent)).norm())
+    assert moved == pytest.approx(float(matrix[:, own].sum(dim=1).norm()) * THRESHOLD, rel=1e-4)
+    assert moved <= mechanism.sensitivity * THRESHOLD * (1 + ROUNDING_EXCESS)
+    first = float(matrix[:, ::batches].sum(dim=1).norm()) * THRESHOLD  # of a user of the first batch
+    assert mechanism.sensitivity * THRESHOLD == pytest.approx(first, rel=1e-9)
 
 
 def test_a_cap_takes_that_many_records_of_each_user(tmp_path):
     users = Users(tmp_path, cap=2)
     assert users.trainer.run_step(1).num_samples == 8
-    assert users.sums[0].norm() <= 4 * 0.01 * (1 + ROUNDING_EXCESS)
+    assert users.sums[0].norm() <= 4 * THRESHOLD * (1 + ROUNDING_EXCESS)
 
 
 def test_a_user_in_two_micro_batches_is_refused(tmp_path):
@@ -192,11 +232,15 @@ def test_a_user_in_two_micro_batches_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sampling",
-    [{}, {"sampling": "truncated_poisson", "num_units": 170, "max_batch_size": 30}],
-    ids=["poisson", "truncated"],
+    ("sampling", "relation", "charges"),
+    [
+        ({}, "add or remove one", STEPS),
+        ({"sampling": "truncated_poisson", "num_units": 170, "max_batch_size": 30}, "zero out one", STEPS),
+        ({"sampling": "fixed_order", "noise": "matrix_factorization"}, "add or remove one", 1),
+    ],
+    ids=["poisson", "truncated", "fixed order"],
 )
-def test_a_whole_training_speaks_of_users(workshop, sampling):
+def test_a_whole_training_speaks_of_users(workshop, sampling, relation, charges):
     recipe = recipe_of(workshop, f"run{len(sampling)}", privacy={**PRIVACY, **sampling})
     with RunFolder.open(recipe, resume=False) as run:
         access = prepare_access(recipe, run)
@@ -207,11 +251,10 @@ def test_a_whole_training_speaks_of_users(workshop, sampling):
             fine_tune(subject, recipe, run, access, data, plan)
         state = read_ledger(run.ledger)
         said = plan.to_dict()["privacy"]
-    assert state.steps_charged == STEPS
+    assert state.steps_charged == charges
     assert state.header.unit == "user"
     assert state.header.unit_statement == said["unit"]
     assert said["unit"].startswith("one user, with up to 3 records in a step, ")
-    relation = "zero out one" if sampling else "add or remove one"
     assert said["neighbouring_relation"] == f"{relation} user"
     assert "up to 3 records of each" in said["sampling_statement"]
     assert "each user's gradient" in said["clipping_statement"]
