@@ -38,9 +38,7 @@ def main() -> None:
     prepare = Strategy.prepare
 
     def preparing(*args, **options):
-        found["start"] = resident("VmHWM")
         prepared = prepare(*args, **options)
-        found["shared"] = resident("VmRSS")
         forget_peak()
         return prepared
 
@@ -55,7 +53,6 @@ def main() -> None:
         found["counted"] = rank_memory(strategy.name, num_processes, size).to_dict()
         del base
         found["before"] = resident("VmRSS")
-        forget_peak()
         fine_tune("hardened", recipe, run, access, data, plan, strategy=strategy)
         found["peak"] = resident("VmHWM")
         (out / f"{strategy.name}-{rank}.json").write_text(json.dumps(found))

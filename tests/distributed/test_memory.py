@@ -72,7 +72,6 @@ def test_peaks_are_about_those_of_the_plan(workshop, name):
         counted = found["counted"]
         peak = found["peak"] - found["before"]
         expected = counted["total"] - counted["process"]
-        start = found["start"] - found["before"]
-        mib = {key: round(value / 2**20) for key, value in (("peak", peak), ("start", start))}
-        print(name, mib, "counted", round(expected / 2**20), round(counted["start"] / 2**20))
-        assert 0.6 < peak / expected < 1.4, (mib, found)
+        mib = {key: round(value / 2**20) for key, value in (("peak", peak), ("counted", expected))}
+        # the first process checks gradients before, and reloads the base to seal it after
+        assert 0.5 < peak / expected < 1.6, (mib, found)
