@@ -158,8 +158,7 @@ def calls_of(
         size: How many processes.
         micro_batches: Of the process that has most of them; all keep pace with it.
         private: securetune's step, or the ordinary one of torch and DeepSpeed.
-        in_recipe: Whether a recipe's training loop runs the step: it agrees on the number of micro-batches,
-            and adds up what the progress bar shows.
+        in_recipe: Whether a recipe's training loop runs the step: it agrees on the number of micro-batches.
 
     Returns:
         The collectives; one process meets nobody in those that it has.
@@ -173,8 +172,8 @@ def calls_of(
     if private:
         agreements = micro_batches if strategy in ("fsdp2", "zero3") else 0
         calls += [
-            Call("broadcast", 100, 1, is_side=True),  # what the ledger then holds, about so many bytes
-            Call("all_reduce", 16, 2 + agreements + (2 if in_recipe else 0), is_side=True),
+            Call("broadcast", 1024, 1, is_side=True),  # what the ledger then holds
+            Call("all_reduce", 16, 1 + agreements + (1 if in_recipe else 0), is_side=True),
         ]
     return calls
 

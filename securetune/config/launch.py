@@ -141,7 +141,7 @@ def examine_launch(
         settings.append(launch_rules.BFLOAT16)
     problems += launch_rules.broken_settings(environment, settings)
     if recipe is not None:
-        problems += _contradictions(strategy, mixed_precision, recipe)
+        problems += _contradictions(mixed_precision, recipe)
     return Launch(
         strategy,
         **places,
@@ -241,12 +241,7 @@ def _places(environment: Mapping[str, str], *, is_plugged: bool) -> tuple[dict[s
     ]
 
 
-def _contradictions(strategy: StrategyName, mixed_precision: str, recipe: Recipe) -> Iterator[str]:
-    if strategy not in ("single", "ddp") and recipe.training.early_stopping.method != "none":
-        yield (
-            f"training.early_stopping keeps a copy of the best weights, which are sharded under {strategy}. "
-            "Use recipes/accelerate/ddp.yaml or one process, or set training.early_stopping.method to 'none'."
-        )
+def _contradictions(mixed_precision: str, recipe: Recipe) -> Iterator[str]:
     if mixed_precision == "bf16" and recipe.model.dtype == "float32":
         yield (
             "mixed_precision is bf16, but model.dtype in the recipe is float32. Set mixed_precision to 'no', "

@@ -113,6 +113,15 @@ FSDP = (
         "false",
         ("false",),
         "accelerate's wrapping of layers is not used here",
+        "Set it to false; training.gradient_checkpointing in the recipe does the same.",
+    ),
+    Setting(
+        "FSDP_RESHARD_AFTER_FORWARD",
+        "fsdp_config.fsdp_reshard_after_forward",
+        "true",
+        _TRUE,
+        "each layer is freed after its forward pass, and gathered again for the backward pass",
+        "Set it to true.",
     ),
 )
 _DEVICES = ("none", "cpu")

@@ -63,7 +63,7 @@ def score_labels(
     """
     margins, losses = np.empty(len(examples)), np.empty(len(examples))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # what a sharded model gathers in inference mode could not be trained on after
     def score(rows: list[int], batch: Batch) -> None:
         if batch.labels is None:
             raise ValueError("accuracy needs labelled examples, got some without a label.")

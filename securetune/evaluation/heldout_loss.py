@@ -53,7 +53,7 @@ def score_texts(
     """
     losses, num_tokens = np.empty(len(examples)), np.empty(len(examples), dtype=np.int64)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # what a sharded model gathers in inference mode could not be trained on after
     def score(rows: list[int], batch: Batch) -> None:
         losses[rows] = head.losses(head.embed(batch), batch).double().cpu().numpy()
         num_tokens[rows] = head.num_supervised(batch).cpu().numpy()

@@ -125,11 +125,11 @@ class Reduction(Protocol):
         """
         ...
 
-    def add_counts(self, counts: Tensor) -> None:
-        """Add up small integers over all processes, in place.
+    def add_counts(self, *counts: Tensor) -> None:
+        """Add up small tensors over all processes, in place and in one collective.
 
         Args:
-            counts: Any shape, int64.
+            *counts: Any shape; integers stay below 2^53.
         """
         ...
 
@@ -199,7 +199,7 @@ class SingleProcess:
         for parameter in [*parameters, *([] if flat is None else [flat])]:
             parameter.grad = None
 
-    def add_counts(self, counts: Tensor) -> None:
+    def add_counts(self, *counts: Tensor) -> None:
         """Do nothing: they are all there are."""
 
     def refuse_other_parameters(self, grads: PerSampleGradients, optimizer: torch.optim.Optimizer) -> None:

@@ -100,13 +100,19 @@ class OrdinaryStep:
         self._sum.add(batch, factors)
         return norms[: len(losses) - num_padding]
 
-    def finish(self) -> None:
-        """Update the parameters from the accumulated gradient and start the next step."""
+    def finish(self, *totals: Tensor) -> None:
+        """Update the parameters from the accumulated gradient and start the next step.
+
+        Args:
+            *totals: Small tensors of the caller's, added up over all processes in place.
+        """
         self._reduction.refuse_other_parameters(self.grads, self.optimizer)
         for layer, shard in self._sum.reduced():
             shard.div_(self.expected_batch_size)
             self._reduction.assign(self.grads, self.optimizer, layer, shard)
         self._update()
+        if totals:
+            self._reduction.add_counts(*totals)
 
     def _update(self) -> None:
         self._reduction.update(self.grads, self.optimizer)
@@ -247,8 +253,11 @@ class PrivateStep(OrdinaryStep):
             self._public = Accumulator(self.grads, self._reduction)
         self._public.add(batch, losses.detach().new_full((batch.num_units, 1), weight, dtype=torch.float32))
 
-    def finish(self) -> None:
+    def finish(self, *totals: Tensor) -> None:
         """Charge the ledger, add noise, update, and start the next step.
+
+        Args:
+            *totals: Small tensors of the caller's, added up over all processes in place.
 
         Raises:
             PrivacyError: If the planned budget is spent; nothing is released then.
@@ -271,7 +280,7 @@ class PrivateStep(OrdinaryStep):
         else:
             self._release(step, stddev)
             self._update()
-        self._reduction.add_counts(self.clipping.counts)
+        self._reduction.add_counts(self.clipping.counts, *totals)
         self.clipping.finish(self._noise, step=step, noise_multiplier=self.noise_multiplier)
         self._public = None
         self._private_ids.clear()

@@ -14,7 +14,7 @@ from securetune.adversarial.validity import find_objective, require_private_trai
 from securetune.checkpoints import Sealer
 from securetune.config.loader import recipe_digest
 from securetune.config.schema import Recipe
-from securetune.errors import ConfigError, PrivacyError
+from securetune.errors import PrivacyError
 from securetune.models.base import BaseModel
 from securetune.privacy.ledger import Ledger
 from securetune.privacy.per_sample import PerSampleGradients
@@ -37,9 +37,9 @@ from securetune.training.plan import Plan
 from securetune.training.prepare import PreparedData, probe_examples
 from securetune.training.progress import TrainingProgress
 from securetune.training.state import SavedState, has_state, load_state, save_state
-from securetune.training.state_shards import state_shards
+from securetune.training.state_shards import StateShards, state_shards
 from securetune.training.stopping import EarlyStopping, make_score
-from securetune.training.strategy import Strategy
+from securetune.training.strategy import Prepared, Strategy
 from securetune.training.subjects import (
     Subject,
     checkpoint_of,
@@ -100,7 +100,8 @@ def fine_tune(
     head = make_head(recipe, model, base)
     grads = PerSampleGradients(model, passes=settings.passes)
     probes = probe_examples(recipe, base.tokenizer)
-    check_gradients(head, grads, probes, label_smoothing=settings.label_smoothing)
+    check = partial(check_gradients, head, grads, probes, label_smoothing=settings.label_smoothing)
+    strategy.on_first(check)  # the model is the same everywhere
     if plan.privacy is not None:  # patterns that fit no parameter are refused before the plain fine-tune
         make_clipping(recipe, noise_multiplier=plan.privacy.noise_multiplier).assign(grads.parameter_names())
     adversary = _adversary(subject, recipe, head)  # its unit of length is that of the whole base embedding
@@ -112,9 +113,9 @@ def fine_tune(
         adversary.within = prepared.within
     state = _state_folder(run, subject)
     owner = {"subject": subject, "recipe": recipe_digest(recipe), "base": base.digest}
-    stopping = _early_stopping(subject, recipe, head, grads, data, strategy)
     saved = None
     shards = state_shards(grads, optimizer, prepared.reduction)
+    stopping = _early_stopping(subject, recipe, head, data, strategy, prepared, shards)
     if strategy.on_first(partial(has_state, state)):
         saved = load_state(state, access, shards, owner=owner, stopping=stopping)
     sampler = make_unit_sampler(
@@ -170,7 +171,14 @@ def fine_tune(
         if access.passphrase is not None:
             sealer = stack.enter_context(_sealer(access, saved)) if strategy.is_first else None
             save = partial(
-                save_state, state, sealer, shards, owner=owner, stopping=stopping, clipping=clipping
+                save_state,
+                state,
+                sealer,
+                shards,
+                owner=owner,
+                stopping=stopping,
+                clipping=clipping,
+                compartment="weights" if settings.lora is None else "adapter",
             )
         _run_steps(
             subject,
@@ -187,6 +195,7 @@ def fine_tune(
         model.eval()
         if stopping is not None:
             stopping.restore_best()
+            shards.refresh()
         if ledger is not None and recipe.publish.release_epsilon is not None:
             _charge_releases(ledger, [*_test_epsilons(recipe), recipe.publish.release_epsilon])
     trained = {place.name: strategy.whole(place) for place in grads.parameters}
@@ -240,24 +249,17 @@ def _early_stopping(
     subject: str,
     recipe: Recipe,
     head: Head,
-    grads: PerSampleGradients,
     data: PreparedData,
     strategy: Strategy,
+    prepared: Prepared,
+    shards: StateShards,
 ) -> EarlyStopping | None:
     settings = recipe.training.early_stopping
     if subject == "plain" or settings.method == "none":
         return None
-    if not strategy.holds_whole:
-        raise ConfigError(
-            "training.early_stopping keeps a copy of the best weights, which are sharded under "
-            f"{strategy.name}. Use ddp or one process, or set training.early_stopping.method to 'none'."
-        )
-    own_score = make_score(recipe, head, data.validation)
-
-    def score() -> float:  # that of one process, so that all stop at the same step
-        return strategy.on_first(own_score)
-
-    return EarlyStopping(settings, grads.flat_params, score, steps=recipe.privacy.steps)
+    score = partial(strategy.score, prepared, make_score(recipe, head, data.validation))
+    params = [part for _, part in shards.held()]
+    return EarlyStopping(settings, params, score, steps=recipe.privacy.steps)
 
 
 def _test_epsilons(recipe: Recipe) -> list[float]:

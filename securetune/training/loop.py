@@ -177,7 +177,7 @@ class Trainer:
         places = [place.position if isinstance(place, DrawnRecord) else place for place in taken]
         drawn = [self._examples[place] for place in places if place < len(self._examples)]
         by_user = isinstance(self._sampler, UserSampler)
-        total = StepTotal()
+        totals = torch.zeros(3, dtype=torch.float64)  # loss, samples, tokens
         for examples, num_padding in self._micro_batches(drawn, by_user=by_user):
             batch = collate(examples).to(self._device)
             with _out_of_memory_advice(), self._masks(batch, number):
@@ -188,15 +188,16 @@ class Trainer:
                 else:
                     self._step.accumulate(micro_losses, num_padding=num_padding)
             if not num_padding:
-                total.add(micro_losses.detach(), batch.input_ids.numel())
-        self._step.finish()
-        total.share(self._strategy)
-        mean_loss = total.loss / total.num_samples if total.num_samples else None
+                micro_loss = float(micro_losses.detach().sum())
+                totals += totals.new_tensor([micro_loss, len(micro_losses), batch.input_ids.numel()])
+        self._step.finish(totals)
+        loss, num_samples = float(totals[0]), int(totals[1])
+        mean_loss = loss / num_samples if num_samples else None
         return StepResult(
             step=number,
             loss=mean_loss if mean_loss is not None and math.isfinite(mean_loss) else None,
-            num_samples=total.num_samples,
-            num_tokens=total.num_tokens,
+            num_samples=num_samples,
+            num_tokens=int(totals[2]),
             clipped_fraction=_clipped_fraction(self._step),
             seconds=time.monotonic() - started,
         )
@@ -258,28 +259,6 @@ def share_of(drawn: Sequence[Example], rank: int, size: int, *, by_user: bool = 
         units.setdefault(example.user_id if by_user else index, []).append(example)
     longest_first = sorted(units.values(), key=lambda unit: -max(len(example.input_ids) for example in unit))
     return [example for unit in longest_first[rank::size] for example in unit]
-
-
-@dataclass
-class StepTotal:
-    """What a step took, over its micro-batches and then over all processes."""
-
-    loss: float = 0.0
-    num_samples: int = 0
-    num_tokens: int = 0
-
-    def add(self, losses: Tensor, num_tokens: int) -> None:
-        """Add a micro-batch; ``losses``: ``[B]``."""
-        self.loss += float(losses.sum())
-        self.num_samples += len(losses)
-        self.num_tokens += num_tokens
-
-    def share(self, strategy: Strategy) -> None:
-        """Add up over all processes."""
-        if strategy.processes is not None:
-            totals = torch.tensor([self.loss, self.num_samples, self.num_tokens], dtype=torch.float64)
-            strategy.processes.add(totals)
-            self.loss, self.num_samples, self.num_tokens = float(totals[0]), int(totals[1]), int(totals[2])
 
 
 def check_gradients(

@@ -14,10 +14,13 @@ zero3     (bF+4P) / W  8P / W + one layer     12P / W    at most 10^9 weights
 fsdp2     (bF+4P) / W  4P / W + one layer     8P / W     outside of layers + two layers
 ========  ===========  =====================  =========  ==============================
 
-Adam keeps two float32 moments for each trained weight; DeepSpeed's optimizers keep a float32 master too. DDP
-and ZeRO hold the sum and, beside it, what is released of it; elsewhere both are in one place. ZeRO-3 keeps up
-to 10^9 weights gathered (its ``stage3_max_live_parameters``), so small models stay whole. Under every
-strategy a process also holds the activations of a micro-batch and the gradients of its records.
+Before the model is shared out, each process holds the whole of it, and the first one checks its gradients,
+at most 2 GiB of them at once. Adam keeps two float32 moments for each trained weight; DeepSpeed's
+optimizers keep a float32 master too. DDP and ZeRO hold the sum and, beside it, what is released of it;
+elsewhere both are in one place. ZeRO-3 keeps up to 10^9 weights gathered (its
+``stage3_max_live_parameters``), so small models stay whole. Early stopping keeps one more copy of the
+trained weights, shared out like the moments. Under every strategy a process also holds the activations of a
+micro-batch and the gradients of its records.
 """
 
 from dataclasses import asdict, dataclass
@@ -27,6 +30,7 @@ import torch
 
 from securetune.config.launch import STRATEGIES, StrategyName
 from securetune.config.schema import LoraConfig, Recipe
+from securetune.privacy.per_sample.self_check import CHECKED_AT_ONCE
 from securetune.training.strategy import blocks_of
 
 if TYPE_CHECKING:
@@ -70,6 +74,8 @@ class ModelSize:
         frozen_itemsize: Bytes of a frozen weight.
         activation_bytes: What autograd keeps of one micro-batch.
         sample_bytes: Gradients of the records of one micro-batch.
+        passes: Backward passes of a micro-batch; two add up all layers before any is reduced.
+        keeps_best: Whether early stopping keeps a copy of the best weights.
     """
 
     whole: Weights
@@ -78,6 +84,8 @@ class ModelSize:
     frozen_itemsize: int
     activation_bytes: int
     sample_bytes: int
+    passes: int = 1
+    keeps_best: bool = False
 
     def bytes_of(self, weights: Weights) -> int:
         """Return the bytes of some weights."""
@@ -92,10 +100,11 @@ class RankMemory:
         strategy: How processes share the model and its training.
         weights: Weights that the process owns.
         sums: Float32 sums of clipped gradients.
-        optimizer: Moments and masters.
+        optimizer: Moments, masters and the best weights of early stopping.
         gathered: Weights of others, gathered for use.
         activations: What autograd keeps of one micro-batch.
         samples: Gradients of the records of one micro-batch.
+        start: Before the model is shared out: the whole of it, and what the self-check compares at once.
         process: The process itself.
     """
 
@@ -106,12 +115,14 @@ class RankMemory:
     gathered: int
     activations: int
     samples: int
+    start: int
     process: int = _PROCESS_BYTES
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(value for value in asdict(self).values() if isinstance(value, int))
+        """The larger of the peaks in training and at its start."""
+        training = self.weights + self.sums + self.optimizer + self.gathered + self.activations + self.samples
+        return max(training, self.start) + self.process
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON can hold it, with the total."""
@@ -133,17 +144,18 @@ def rank_memory(strategy: StrategyName, num_processes: int, size: ModelSize) -> 
     whole, trained = size.bytes_of(size.whole), _FLOAT32 * size.whole.trained
     sums = trained
     if is_sharded or strategy == "zero2":
-        one_layer = _FLOAT32 * max(size.layer.trained, size.outside.trained)
-        sums = _share(trained, num_processes) + one_layer
+        at_once = trained
+        if size.passes == 1:
+            at_once = _FLOAT32 * max(size.layer.trained, size.outside.trained)
+        sums = _share(trained, num_processes) + at_once
     if strategy == "ddp":
         sums += trained  # what is released
     elif strategy.startswith("zero"):
         sums += _share(trained, num_processes)
-    optimizer = _MOMENTS * trained
-    if strategy == "fsdp2":
-        optimizer = _share(optimizer, num_processes)
-    elif strategy.startswith("zero"):
-        optimizer = _share((_MOMENTS + _MASTER) * trained, num_processes)
+    checked = 2 * min(trained, _FLOAT32 * CHECKED_AT_ONCE)
+    copies = _MOMENTS + size.keeps_best + (_MASTER if strategy.startswith("zero") else 0)
+    is_whole = strategy in ("single", "ddp")
+    optimizer = copies * trained if is_whole else _share(copies * trained, num_processes)
     gathered = 0
     if num_processes > 1 and strategy == "fsdp2":
         gathered = size.bytes_of(size.outside) + 2 * size.bytes_of(size.layer)
@@ -158,6 +170,7 @@ def rank_memory(strategy: StrategyName, num_processes: int, size: ModelSize) -> 
         gathered=gathered,
         activations=size.activation_bytes,
         samples=size.sample_bytes,
+        start=whole + checked,
     )
 
 
@@ -196,7 +209,8 @@ class Distribution:
             f"{self.available_bytes / 2**30:.1f}"
         )
         table = Table(title=title, title_justify="left")
-        for heading in ("", "weights", "sums", "optimizer", "gathered", "micro-batch", "total", "fits"):
+        parts_of = ("weights", "sums", "optimizer", "gathered", "micro-batch", "at start")
+        for heading in ("", *parts_of, "total", "fits"):
             table.add_column(heading)
         for rank in self.ranks:
             parts = (
@@ -205,6 +219,7 @@ class Distribution:
                 rank.optimizer,
                 rank.gathered,
                 rank.activations + rank.samples,
+                rank.start,
                 rank.total,
             )
             figures = [f"{part / 2**30:.2f}" for part in parts]
@@ -250,6 +265,7 @@ def measure_size(recipe: Recipe, base: "BaseModel", *, tokens_per_record: float)
     layers = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks] or [total]
     outside = max(0, total - sum(layers))
     activations = settings.micro_batch_tokens * _numbers_per_token(recipe, base) * item
+    keeps_best = settings.early_stopping.method != "none"
     if settings.lora is not None:
         num_trained = count_adapters(settings.lora, base)
         return ModelSize(
@@ -259,12 +275,11 @@ def measure_size(recipe: Recipe, base: "BaseModel", *, tokens_per_record: float)
             frozen_itemsize=item,
             activation_bytes=activations,
             sample_bytes=_FLOAT32 * rows * num_trained,
+            keeps_best=keeps_best,
         )
     activations += 0 if base.autocast is None else base.autocast.itemsize * total  # weights as they compute
     if base.device.type == "cpu":  # in the update two vectors of all weights come and go
         activations = max(activations, 2 * _FLOAT32 * total)
-    if settings.early_stopping.method != "none":  # the best weights
-        activations += _FLOAT32 * total
     # gradients of the logits, at one token of each record or at all, kept and then joined
     positions = rows if recipe.task == "classify" else settings.micro_batch_tokens
     return ModelSize(
@@ -274,6 +289,8 @@ def measure_size(recipe: Recipe, base: "BaseModel", *, tokens_per_record: float)
         frozen_itemsize=item,
         activation_bytes=activations,
         sample_bytes=2 * _FLOAT32 * positions * base.model.config.get_text_config().vocab_size,
+        passes=settings.passes,
+        keeps_best=keeps_best,
     )
 
 

@@ -5,7 +5,7 @@ Each process seals its own part, and any number of processes, with any strategy,
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from securetune.privacy.clipping import Clipping
 from securetune.privacy.reduction import Address
 from securetune.training.access import Access
 from securetune.training.shard_files import ShardFiles, ShardStream, check_cover, runs_of
-from securetune.training.state_shards import PARAMS, StateShards, part_of
+from securetune.training.state_shards import PARAMS, StateShards, fill
 from securetune.training.stopping import EarlyStopping
 
 _BEST = "best_params"
@@ -63,6 +63,7 @@ def save_state(
     owner: Mapping[str, str],
     stopping: EarlyStopping | None = None,
     clipping: Clipping | None = None,
+    compartment: Literal["adapter", "weights"] = "adapter",
     steps_done: int,
     steps_charged: int,
 ) -> None:
@@ -77,6 +78,7 @@ def save_state(
         owner: What the state belongs to: model, recipe, base. A state of another owner is not loaded.
         stopping: Early stopping, where there is any.
         clipping: The clipping, whose thresholds may have moved; None without privacy.
+        compartment: Where the trained parameters are sealed, under a key of its own.
         steps_done: Steps whose update is in the state.
         steps_charged: Steps in the ledger; 0 without privacy.
 
@@ -94,8 +96,8 @@ def save_state(
             everywhere = [(first, length) for found in runs for first, length in found.get(name, ())]
             check_cover(name, everywhere, shards.num_params)
     file = f"part-{peers.rank:05d}.safetensors"
-    adapter = {name: arrays.pop(name) for name in (PARAMS, _BEST) if name in arrays}
-    sealed = {"adapter": {file: ShardStream(adapter)}, "optimizer": {file: ShardStream(arrays)}}
+    trained = {name: arrays.pop(name) for name in (PARAMS, _BEST) if name in arrays}
+    sealed = {compartment: {file: ShardStream(trained)}, "optimizer": {file: ShardStream(arrays)}}
     if peers.rank:
         seal_part(sealed, peers)
         return
@@ -158,8 +160,7 @@ def load_state(
         with torch.no_grad():
             shards.restore(files.read, step=saved.steps_done)
         if stopping is not None:
-            whole = Address(0, (files.num_params,), (1,))
-            stopping.load(metadata["stopping"], files.read(_BEST, whole) if _BEST in files.names else None)
+            stopping.load(metadata["stopping"], _read_best(shards, files) if _BEST in files.names else None)
     return saved
 
 
@@ -170,7 +171,19 @@ def _arrays(shards: StateShards, stopping: EarlyStopping | None) -> dict[str, li
         for name, part in parts.items():
             arrays.setdefault(name, []).append((address, part))
     if stopping is not None and stopping.best_params is not None:
-        part = part_of(shards.num_params, shards.peers)
-        address = Address(part.start, (part.stop - part.start,), (1,))
-        arrays[_BEST] = [(address, stopping.best_params[part])]
+        arrays[_BEST] = []
+        for (address, _), best in zip(shards.held(), stopping.best_params, strict=True):
+            start = max(address.base, shards.saves.start)
+            stop = min(address.base + len(best), shards.saves.stop)
+            if start < stop:
+                own = best[start - address.base : stop - address.base]
+                arrays[_BEST].append((Address(start, (stop - start,), (1,)), own))
     return arrays
+
+
+def _read_best(shards: StateShards, files: ShardFiles) -> list[Tensor]:
+    best: list[Tensor] = []
+    for address, part in shards.held():
+        best.append(torch.empty_like(part))
+        fill(best[-1], _BEST, files.read, address.base)
+    return best

@@ -31,10 +31,12 @@ class StateShards(Protocol):
     Attributes:
         peers: The processes of the run.
         num_params: ``P``.
+        saves: The range of entries of which this process saves what it holds: replicas save a part each.
     """
 
     peers: Peers
     num_params: int
+    saves: slice
 
     def owned(self) -> Sequence[tuple[Address, dict[str, Tensor]]]:
         """Say what this process must save.
@@ -44,6 +46,18 @@ class StateShards(Protocol):
             view of ``address.shape``. All processes' parts together hold each name's every entry once: of
             replicas, each process saves a part. Parts may name different arrays.
         """
+        ...
+
+    def held(self) -> Sequence[tuple[Address, Tensor]]:
+        """Say which trained parameters this process updates.
+
+        Returns:
+            1-D views, each with its address; replicas hold the same. See :meth:`refresh`.
+        """
+        ...
+
+    def refresh(self) -> None:
+        """Let the model's parameters follow those of :meth:`held`, which something else changed."""
         ...
 
     def restore(self, read: Read, *, step: int) -> None:
@@ -93,6 +107,7 @@ class ReplicaShards:
         self, grads: PerSampleGradients, optimizer: torch.optim.Optimizer, peers: Peers = ALONE
     ) -> None:
         self.peers, self.num_params = peers, grads.num_params
+        self.saves = part_of(self.num_params, peers)
         self._optimizer = optimizer
         _, flat = grads.owned_by_optimizer
         is_flat = flat is not None and optimizer.param_groups[0]["params"][0] is flat
@@ -104,7 +119,7 @@ class ReplicaShards:
 
     def owned(self) -> Sequence[tuple[Address, dict[str, Tensor]]]:
         """Return this process' part, parameter by parameter."""
-        part = part_of(self.num_params, self.peers)
+        part = self.saves
         found: list[tuple[Address, dict[str, Tensor]]] = []
         for parameter, start in self._places:
             low, high = max(part.start, start), min(part.stop, start + parameter.numel())
@@ -115,6 +130,13 @@ class ReplicaShards:
             views = {name: array.reshape(-1)[cut] for name, array in arrays.items()}
             found.append((Address(low, (high - low,), (1,)), views))
         return found
+
+    def held(self) -> Sequence[tuple[Address, Tensor]]:
+        """Return all parameters."""
+        return [_run(start, parameter.detach().view(-1)) for parameter, start in self._places]
+
+    def refresh(self) -> None:
+        """Do nothing: they are the model's own."""
 
     def restore(self, read: Read, *, step: int) -> None:
         """Read all of it."""
@@ -140,6 +162,7 @@ class RowShards:
     ) -> None:
         self.peers: Peers = reduction.processes
         self.num_params = grads.num_params
+        self.saves = slice(0, self.num_params)
         self._optimizer = optimizer
         self._places = [(place.parameter, reduction.address_of(place)) for place in grads.parameters]
 
@@ -150,6 +173,13 @@ class RowShards:
             arrays = {PARAMS: parameter.detach(), **_moments(self._optimizer, parameter)}
             found.append((address, {name: _local(array).reshape(-1) for name, array in arrays.items()}))
         return found
+
+    def held(self) -> Sequence[tuple[Address, Tensor]]:
+        """Return this process' rows of each parameter."""
+        return [(address, _local(parameter.detach()).view(-1)) for parameter, address in self._places]
+
+    def refresh(self) -> None:
+        """Do nothing: they are the model's own."""
 
     def restore(self, read: Read, *, step: int) -> None:
         """Read this process' rows."""
@@ -172,6 +202,7 @@ class PartitionShards:
     def __init__(self, grads: PerSampleGradients, reduction: Zero) -> None:
         self.peers: Peers = reduction.processes
         self.num_params = grads.num_params
+        self.saves = slice(0, self.num_params)
         self._reduction = reduction
 
     def owned(self) -> Sequence[tuple[Address, dict[str, Tensor]]]:
@@ -182,6 +213,15 @@ class PartitionShards:
             arrays = {PARAMS: master.detach(), **_moments(optimizer, master)}
             found.append((address, {name: array[cut] for name, array in arrays.items()}))
         return found
+
+    def held(self) -> Sequence[tuple[Address, Tensor]]:
+        """Return this process' pieces."""
+        owned = self._reduction.owned_masters()
+        return [(address, master.detach()[cut]) for address, master, cut in owned]
+
+    def refresh(self) -> None:
+        """Copy the pieces into the model's parameters, on all processes."""
+        self._reduction.refresh_parameters()
 
     def restore(self, read: Read, *, step: int) -> None:
         """Read this process' pieces, then let the model's parameters follow."""
@@ -194,7 +234,7 @@ class PartitionShards:
             fill(master.detach()[cut], PARAMS, read, address.base)
             for name in MOMENTS:
                 fill(optimizer.state[master][name][cut], name, read, address.base)
-        self._reduction.refresh_parameters()
+        self.refresh()
 
 
 def part_of(count: int, peers: Peers) -> slice:
@@ -235,6 +275,10 @@ def fill(target: Tensor, name: str, read: Read, first: int) -> None:
         part.copy_(saved)
     if flat.data_ptr() != target.data_ptr():  # a copy, since the target is not contiguous
         target.copy_(flat.view_as(target))
+
+
+def _run(first: int, flat: Tensor) -> tuple[Address, Tensor]:
+    return Address(first, (len(flat),), (1,)), flat
 
 
 def _local(array: Tensor) -> Tensor:

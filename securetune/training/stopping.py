@@ -29,13 +29,19 @@ class EarlyStopping:
 
     Args:
         settings: The recipe's ``training.early_stopping`` section.
-        params: ``[P]``: the flat vector of all trainable parameters, which training changes in place.
+        params: 1-D views of the trained parameters that this process updates, which training changes in
+            place.
         score: Scores the model as it is; higher is better. A score that is not finite is never the best.
         steps: Planned steps.
     """
 
     def __init__(
-        self, settings: EarlyStoppingConfig, params: Tensor, score: Callable[[], float], *, steps: int
+        self,
+        settings: EarlyStoppingConfig,
+        params: Sequence[Tensor],
+        score: Callable[[], float],
+        *,
+        steps: int,
     ) -> None:
         self._settings = settings
         self._params = params
@@ -44,7 +50,7 @@ class EarlyStopping:
         self._checks_without_gain = 0
         self._best_score: float | None = None
         self.best_step: int | None = None
-        self.best_params: Tensor | None = None
+        self.best_params: list[Tensor] | None = None
 
     @property
     def has_stopped(self) -> bool:
@@ -66,7 +72,7 @@ class EarlyStopping:
         best = -math.inf if self._best_score is None else self._best_score + self._settings.min_delta
         if math.isfinite(score) and score > best:
             self._best_score, self.best_step = score, step
-            self.best_params = self._params.detach().clone()
+            self.best_params = [part.detach().clone() for part in self._params]
             self._checks_without_gain = 0
         else:
             self._checks_without_gain += 1
@@ -76,7 +82,8 @@ class EarlyStopping:
         """Put the weights of the best check back; without a check with a finite score, keep the last."""
         if self.best_params is not None:
             with torch.no_grad():
-                self._params.copy_(self.best_params)
+                for part, best in zip(self._params, self.best_params, strict=True):
+                    part.copy_(best)
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs besides :attr:`best_params`, as JSON can hold it."""
@@ -86,18 +93,18 @@ class EarlyStopping:
             "checks_without_gain": self._checks_without_gain,
         }
 
-    def load(self, state: dict[str, Any], best_params: Tensor | None) -> None:
+    def load(self, state: dict[str, Any], best_params: list[Tensor] | None) -> None:
         """Go on where a saved training stood.
 
         Args:
             state: From :meth:`state`.
-            best_params: ``[P]``: the weights of the best check; None if there is none.
+            best_params: This process' part of the weights of the best check; None if there is none.
         """
         score, step = state["best_score"], state["best_step"]
         self._best_score = None if score is None else float(score)
         self.best_step = None if step is None else int(step)
         self._checks_without_gain = int(state["checks_without_gain"])
-        self.best_params = None if best_params is None else best_params.to(self._params)
+        self.best_params = best_params
 
 
 def num_checks(recipe: Recipe) -> int:

@@ -175,36 +175,53 @@ class Strategy:
 
         Returns:
             What trains it.
-
-        Raises:
-            ConfigError: If the strategy cannot run two passes.
         """
         if self.holds_whole:
             grads = PerSampleGradients(model, passes=passes)
             reduction = None if self.processes is None else DataParallel(self.processes)
             return Prepared(grads, make_optimizer([grads.flat_params]), reduction, call)
-        if passes == 2:
-            raise ConfigError(
-                f"training.passes: 2 is not supported under {self.name} yet, where layers are not whole. Use "
-                "ddp or one process, or set it to 1."
-            )
         prepare = self._prepare_fsdp2 if self.name == "fsdp2" else self._prepare_zero
-        return prepare(model, make_optimizer)
+        return prepare(model, make_optimizer, passes)
 
-    def _prepare_fsdp2(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Prepared:
-        from torch.distributed.fsdp import fully_shard
+    def score(self, prepared: Prepared, function: Callable[[], float]) -> float:
+        """Compute something of the model, without gradients, in which all processes take part.
+
+        Args:
+            prepared: The model.
+            function: Computes it, the same on each process up to rounding, or up to noise.
+
+        Returns:
+            What the first process got, on all of them.
+        """
+        with torch.no_grad():
+            # a tensor, since ZeRO-3 looks for tensors in whatever a module returns
+            value = float(prepared.within(lambda: torch.tensor(function(), dtype=torch.float64)))
+        if self.name == "fsdp2":  # which keeps what is outside of the blocks until a backward pass
+            prepared.within.reshard()  # pyright: ignore[reportFunctionMemberAccess]
+        return value if self.processes is None else self.processes.share(value)
+
+    def _prepare_fsdp2(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, passes: Literal[1, 2]
+    ) -> Prepared:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
         assert self.processes is not None
         root = Root(model)
-        for block in blocks_of(model):
-            fully_shard(block)
-        fully_shard(root)
-        grads = PerSampleGradients(model)
+        mesh = init_device_mesh(next(model.parameters()).device.type, (self.processes.size,))
+        offload = OffloadPolicy()
+        if self._launch.offload_parameters:
+            offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+        for block in [*blocks_of(model), root]:
+            fully_shard(block, mesh=mesh, offload_policy=offload)
+        grads = PerSampleGradients(model, passes=passes)
         grads.agree_on_most = self.processes.most
         optimizer = make_optimizer([place.parameter for place in grads.parameters])
         return Prepared(grads, optimizer, FullySharded(self.processes, grads.parameters), root)
 
-    def _prepare_zero(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Prepared:
+    def _prepare_zero(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, passes: Literal[1, 2]
+    ) -> Prepared:
         assert self.processes is not None
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -234,7 +251,7 @@ class Strategy:
             config=config,
             dist_init_required=False,
         )
-        grads = PerSampleGradients(model)
+        grads = PerSampleGradients(model, passes=passes)
         return Prepared(grads, engine.optimizer, Zero(self.processes, engine, grads), engine)
 
     def whole(self, place: TrainableParameter) -> Tensor:
@@ -255,7 +272,10 @@ class Strategy:
             assert found is not None, f"DeepSpeed does not train {place.name}"
             return found.detach().cpu().view(place.shape)
         value = place.parameter.detach()
-        return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+        if isinstance(value, DTensor):  # its part may wait on the CPU, where NCCL sends nothing
+            on_device: Any = value.to(value.device_mesh.device_type)
+            value = on_device.full_tensor()
+        return value.cpu()
 
 
 def start_strategy(recipe: Recipe) -> Strategy:
@@ -273,8 +293,6 @@ def start_strategy(recipe: Recipe) -> Strategy:
     launch = read_launch(recipe=recipe)
     if launch.strategy == "single":
         return Strategy()
-    if launch.strategy == "fsdp2" and launch.offload_parameters:
-        raise ConfigError("fsdp_config.fsdp_offload_params is not supported yet. Set it to false.")
     on_gpu = recipe.model.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(launch.local_rank)

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from securetune.config.schema import EarlyStoppingConfig
 from securetune.privacy.distributed import Processes
+from securetune.privacy.step import OrdinaryStep
 from securetune.training.loop import make_optimizer
 from securetune.training.state import load_state, save_state
 from securetune.training.state_shards import state_shards
+from securetune.training.stopping import EarlyStopping
 from securetune.training.strategy import Strategy
 from tests.distributed.invariance_worker import TOKENS, batch_of, losses_of, make_model
 from tests.distributed.state_worker import OWNER, make_access
@@ -29,17 +32,29 @@ STEPS_BEFORE, STEPS_AFTER = 2, 2
 def train(
     folder: Path, strategy: Strategy, *, save_as: str | None = None, go_on: str | None = None
 ) -> dict[str, Tensor]:
-    """Train, from the start or from a save, and return the whole parameters."""
-    from securetune.privacy.step import OrdinaryStep
-
+    """Train, from the start or from a save; return the whole parameters, and those of the best check."""
     model = make_model("full")
     prepared = strategy.prepare(
         model, partial(make_optimizer, sample_recipe({"training.learning_rate": 0.01}))
     )
     shards = state_shards(prepared.grads, prepared.optimizer, prepared.reduction)
+    told: list[float] = []
+
+    def tell() -> float:
+        told.append(strategy.score(prepared, lambda: -float(losses_of(model, batch_of(0)).mean())))
+        return told[-1]
+
+    def score() -> float:  # the best check is the first, so that its weights are neither saved nor last
+        tell()
+        return -len(told) if go_on is None else -9.0
+
+    config = EarlyStoppingConfig(method="public_validation", every=1, patience=9)
+    stopping = EarlyStopping(config, [part for _, part in shards.held()], score, steps=9)
     first, last = 0, STEPS_BEFORE + STEPS_AFTER
     if go_on is not None:
-        first = load_state(folder / go_on, make_access(folder), shards, owner=OWNER).steps_done
+        first = load_state(
+            folder / go_on, make_access(folder), shards, owner=OWNER, stopping=stopping
+        ).steps_done
     elif save_as is not None:
         last = STEPS_BEFORE
     step = OrdinaryStep(
@@ -53,10 +68,25 @@ def train(
         filled = torch.cat([own, torch.zeros(padding, TOKENS, dtype=torch.int64)])
         step.accumulate(prepared.within(partial(losses_of, model), filled), num_padding=padding)
         step.finish()
+        stopping.check(number + 1)
     if save_as is not None:
         sealer = make_access(folder).sealer() if strategy.is_first else None
-        save_state(folder / save_as, sealer, shards, owner=OWNER, steps_done=last, steps_charged=last)
+        save_state(
+            folder / save_as,
+            sealer,
+            shards,
+            owner=OWNER,
+            stopping=stopping,
+            compartment="weights",
+            steps_done=last,
+            steps_charged=last,
+        )
     result = {place.name: strategy.whole(place).clone() for place in prepared.grads.parameters}
+    stopping.restore_best()
+    shards.refresh()
+    tell()
+    result |= {f"best {place.name}": strategy.whole(place).clone() for place in prepared.grads.parameters}
+    result["scores"] = torch.tensor(told[-STEPS_AFTER - 1 :])
     prepared.grads.detach()
     return result
 

@@ -1,11 +1,13 @@
-"""A process killed with SIGKILL in a step: the ledger misses none, no process hangs, and the run goes on.
+"""A process killed with SIGKILL in a step: the ledger misses none, the other says so, and the run goes on.
 
-``SECURETUNE_KILLS=20 pytest tests/distributed/test_kill.py`` kills twenty times.
+``SECURETUNE_KILLS=20 pytest tests/distributed/test_kill.py`` kills twenty times. The processes are started
+without a launcher, which would end the survivor before it can say anything.
 """
 
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,16 @@ from tests.sample_run import make_workshop, write_recipe
 STEPS = 60
 TRIALS = int(os.environ.get("SECURETUNE_KILLS", "2"))
 HARDEN = str(ROOT / "recipes" / "harden.py")
+LAUNCHES: tuple[dict[str, str], ...] = (
+    {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    {},
+    {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+        "ACCELERATE_GRADIENT_CLIPPING": "0",
+        "DS_ACCELERATOR": "cpu",
+    },
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +39,23 @@ def workshop(tmp_path_factory):
     return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
-def worker(launcher: int, rank: int) -> int:
-    """Find the process of a rank below torchrun."""
-    for folder in Path("/proc").iterdir():
-        try:
-            stat = (folder / "stat").read_text().rpartition(")")[2].split()
-            values = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if int(stat[1]) == launcher and f"RANK={rank}".encode() in values:
-            return int(folder.name)
-    raise LookupError(f"no rank {rank} below {launcher}")
+def start_both(recipe: Path, **variables: str) -> list[subprocess.Popen[str]]:
+    """Start two processes that know of each other as launchers tell it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    places |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, HARDEN, str(recipe)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(**variables, **places, RANK=str(rank), LOCAL_RANK=str(rank)),
+        )
+        for rank in range(2)
+    ]
 
 
 def charged(ledger: Path) -> int:
@@ -53,23 +71,24 @@ def test_a_killed_run_is_whole_and_goes_on(workshop, trial):
     recipe = write_recipe(
         workshop, folder.name, privacy__steps=STEPS, training__save_every=3, evaluation__num_attacked=5
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    variables = {} if trial % 2 else {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    with subprocess.Popen(
-        [*command, HARDEN, str(recipe)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(**variables),
-    ) as process:
+    processes = start_both(recipe, **LAUNCHES[trial % len(LAUNCHES)])
+    try:
         deadline, wanted = time.monotonic() + 150, chance.randint(4, STEPS // 2)
         while charged(folder / "ledger.jsonl") < wanted:
-            assert process.poll() is None, process.communicate()[0][-4000:]
+            assert all(process.poll() is None for process in processes), processes[0].communicate()[0][-4000:]
             assert time.monotonic() < deadline, "training did not begin"
             time.sleep(0.002)
-        os.kill(worker(process.pid, chance.randrange(2)), signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)  # no hang
-    assert process.returncode != 0, output[-4000:]
+        victim, survivor = chance.sample(processes, 2)
+        victim.send_signal(signal.SIGKILL)
+        output, _ = survivor.communicate(timeout=60)  # no hang
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert survivor.returncode == 2, output[-4000:]
+    assert f"process {processes.index(survivor)} of 2 " in output, output[-4000:]
+    assert "--resume" in output
+    assert "Traceback" not in output
     at_kill = charged(folder / "ledger.jsonl")
     done = sum('"hardened"' in line for line in (folder / "metrics.jsonl").read_text().splitlines())
     assert wanted <= at_kill

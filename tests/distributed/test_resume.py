@@ -1,4 +1,7 @@
-"""A run that is resumed on another number of processes, or under another strategy, ends in the same place."""
+"""A run that is resumed on another number of processes, or under another strategy, ends in the same place.
+
+So do the weights that early stopping keeps.
+"""
 
 import pytest
 import torch
@@ -35,6 +38,19 @@ def compare(found, expected):
     assert list(found) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_the_weights_of_the_best_check_are_kept(expected):
+    scores = expected["scores"]
+    assert (scores[-1] - scores[:-1]).abs().min() > 1e-3
+    kept = {name.removeprefix("best "): value for name, value in expected.items() if name.startswith("best ")}
+    assert all((expected[name] - value).abs().max() > 1e-3 for name, value in kept.items())
+
+
+@pytest.mark.parametrize("name", ["single", *SHARED])
+def test_weights_of_full_training_are_sealed_as_weights(folder, name):
+    parts = {path.name.partition(".")[0] for path in (folder / name / "shards").iterdir()}
+    assert parts == {"weights", "optimizer"}
 
 
 @pytest.mark.parametrize(("saved", "strategy"), [*PAIRS, ("single", "zero3"), ("single", "zero1")])

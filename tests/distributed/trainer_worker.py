@@ -10,10 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 from torch import distributed as dist
 
+from securetune.config.launch import Launch
 from securetune.config.schema import AdversarialConfig
+from securetune.models.checkpointing import checkpoint_layers
 from securetune.privacy.adaptive_clipping import AdaptiveClipping
 from securetune.privacy.clipping import Clipping, FlatClipping, PerLayerClipping
 from securetune.privacy.distributed import Processes
@@ -24,12 +27,32 @@ from securetune.training.loop import Adversary, Trainer, make_optimizer
 from securetune.training.strategy import Strategy
 from tests.sample_recipe import sample_recipe
 from tests.small_private import Ledger
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_model, tiny_tokenizer
 from tests.unit.training.tiny_head import make_examples, make_head
 
 KEY = bytes(range(32))
 STEPS = 4
 SIGMA = 0.5
+LAYERS = {
+    "vocab_size": len(tiny_tokenizer()),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+FAMILIES = {
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=LAYERS["vocab_size"], n_embd=32, n_layer=2, n_head=4, n_positions=64, **NO_DROPOUT
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**LAYERS),
+    "mixtral": lambda: transformers.MixtralConfig(**LAYERS, num_local_experts=3, num_experts_per_tok=2),
+}
 
 
 def make_clipping(kind: str) -> Clipping:
@@ -39,14 +62,32 @@ def make_clipping(kind: str) -> Clipping:
     return PerLayerClipping(0.5) if kind == "per_layer" else FlatClipping(0.5)
 
 
+def make_whole(kind: str) -> nn.Module | None:
+    """Make a model that is trained in full, with a tied output layer; None for adapters on the usual one."""
+    if kind in ("full", "checkpointed", "twice", "offloaded"):
+        return tiny_llama()
+    if kind not in FAMILIES:
+        return None
+    config = FAMILIES[kind]()
+    config.tie_word_embeddings = True
+    return tiny_model(config)
+
+
 def train(strategy: Strategy, kind: str, tokens: int) -> dict[str, Tensor]:
     """Train, and return the whole parameters and what was told about the steps."""
     torch.manual_seed(0)  # the same everywhere: no harm
-    model = tiny_llama() if kind == "full" else None  # all weights, and the output layer is tied
-    head, examples = make_head(dtype=torch.float32, model=model), make_examples(3 if kind == "few" else 13)
+    examples = make_examples(3 if kind == "few" else 13)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    head = make_head(dtype=dtype, model=make_whole(kind))
+    for name, parameter in head.model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    if kind in ("checkpointed", "adapters_checkpointed", "twice"):
+        checkpoint_layers(head.model)
     adversary = Adversary(head, AdversarialConfig(method="pgd", radius=0.1, steps=2), seed=1)
     recipe = sample_recipe({"training.learning_rate": 0.01})
-    prepared = strategy.prepare(head.model, partial(make_optimizer, recipe))
+    passes = 2 if kind == "twice" else 1
+    prepared = strategy.prepare(head.model, partial(make_optimizer, recipe), passes=passes)
     adversary.within = prepared.within
     clipping = make_clipping(kind)
     step = PrivateStep(
@@ -86,7 +127,13 @@ def main() -> None:
     torch.set_num_threads(1)
     for case in cases:
         name, kind, tokens = case.split("-")
-        result = train(Strategy(name, Processes()), kind, int(tokens))  # pyright: ignore[reportArgumentType]
+        is_offloaded = kind == "offloaded"
+        launch = Launch(
+            name,  # pyright: ignore[reportArgumentType]
+            offload_optimizer=is_offloaded,
+            offload_parameters=is_offloaded and name in ("fsdp2", "zero3"),
+        )
+        result = train(Strategy(launch.strategy, Processes(), launch=launch), kind, int(tokens))
         if dist.get_rank() == 0:
             torch.save(result, out / f"{case}.pt")
     dist.destroy_process_group()

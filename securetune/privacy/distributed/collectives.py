@@ -21,6 +21,8 @@ from securetune.errors import MachineError
 from securetune.privacy.noise import KEY_BYTES, SecretKey
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
+_LENGTH_BYTES = 8
+_HEAD_BYTES = 1024  # what is shared is rarely longer, and is sent at once with its length
 
 
 class Processes:
@@ -129,13 +131,14 @@ class Processes:
             return out
         return torch.cat([out[rank * longest :][:size] for rank, size in enumerate(sizes)])
 
-    def add(self, counts: Tensor) -> None:
-        """Add up a small tensor over all processes, in place."""
+    def add(self, *numbers: Tensor) -> None:
+        """Add up small tensors over all processes, in place and in one collective; integers below 2^53."""
         if self.size > 1:
-            whole = counts.cpu()
+            whole = torch.cat([part.detach().cpu().double().flatten() for part in numbers])
             with self._explained("adding up"):
                 dist.all_reduce(whole, group=self._side)
-            counts.copy_(whole)
+            for part, summed in zip(numbers, whole.split([n.numel() for n in numbers]), strict=True):
+                part.copy_(summed.view_as(part))
 
     def most(self, number: int) -> int:
         """Return the largest of a number over all processes."""
@@ -209,8 +212,15 @@ class Processes:
         if self.size == 1:
             return value
         text = json.dumps(value).encode() if self.rank == 0 else b""
-        size = self.most(len(text))
-        return json.loads(self.share_secret(text if self.rank == 0 else None, size))
+        message = len(text).to_bytes(_LENGTH_BYTES, "big") + text
+        head = self.share_secret(
+            message[:_HEAD_BYTES].ljust(_HEAD_BYTES) if self.rank == 0 else None, _HEAD_BYTES
+        )
+        length = int.from_bytes(head[:_LENGTH_BYTES], "big")
+        found, missing = head[_LENGTH_BYTES:][:length], _LENGTH_BYTES + length - _HEAD_BYTES
+        if missing > 0:
+            found += self.share_secret(message[_HEAD_BYTES:] if self.rank == 0 else None, missing)
+        return json.loads(found)
 
     def collect(self, value: Any) -> list[Any]:
         """Give a JSON-able value of each process to the first one; no pickle travels.

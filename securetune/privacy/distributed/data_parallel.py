@@ -56,9 +56,9 @@ class DataParallel(SingleProcess):
         whole = self.processes.gather_shards(shard, self._sizes(layer))
         super().assign(grads, optimizer, layer, whole)
 
-    def add_counts(self, counts: Tensor) -> None:
+    def add_counts(self, *counts: Tensor) -> None:
         """Add up over all processes."""
-        self.processes.add(counts)
+        self.processes.add(*counts)
 
     def _sizes(self, layer: slice) -> list[int]:
         size, count = self.processes.size, layer.stop - layer.start

@@ -85,7 +85,8 @@ class FullySharded(SingleProcess):
         for place, part in self._parts(layer, shard):
             parameter = place.parameter
             assert isinstance(parameter, DTensor)
-            local = part.view_as(parameter.to_local()).to(parameter.dtype)
+            own = parameter.to_local()  # on the CPU where parameters are offloaded, and so is the update
+            local = part.view_as(own).to(own)
             parameter.grad = DTensor.from_local(  # pyright: ignore[reportAttributeAccessIssue]
                 local,
                 parameter.device_mesh,
@@ -95,9 +96,9 @@ class FullySharded(SingleProcess):
                 stride=parameter.stride(),
             )
 
-    def add_counts(self, counts: Tensor) -> None:
+    def add_counts(self, *counts: Tensor) -> None:
         """Add up over all processes."""
-        self.processes.add(counts)
+        self.processes.add(*counts)
 
     def _parts(self, layer: slice, shard: Tensor) -> list[tuple[TrainableParameter, Tensor]]:
         places = self._layers[layer.start]

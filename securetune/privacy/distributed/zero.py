@@ -111,9 +111,9 @@ class Zero(SingleProcess):
                 "charged. Clipped sums and noise are finite, so the public gradient is not: see its losses."
             )
 
-    def add_counts(self, counts: Tensor) -> None:
+    def add_counts(self, *counts: Tensor) -> None:
         """Add up over all processes."""
-        self.processes.add(counts)
+        self.processes.add(*counts)
 
     def refuse_other_parameters(self, grads: PerSampleGradients, optimizer: torch.optim.Optimizer) -> None:
         """Refuse another optimizer than the engine's, other parameters, and settings that matter."""

@@ -92,6 +92,8 @@ class PerSampleGradients:
         self.num_params = self.parameters[-1].stop
         first = self.parameters[0].parameter
         self.device = first.device
+        if isinstance(first, DTensor):  # shards may wait on the CPU
+            self.device = torch.empty(0, device=first.device_mesh.device_type).device
         self.compute_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self._owners = count_owners(model)
         self._row_columns = lay_out_rows(self.parameters, self.paths)

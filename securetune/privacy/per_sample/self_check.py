@@ -1,12 +1,14 @@
 """The self-check before training: per-sample gradients against ordinary autograd, and each sample alone."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from securetune.errors import PrivacyError
+from securetune.privacy.per_sample.gradients import TrainableParameter
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 _PARAMETER_FACTOR = 3  # a single parameter may differ this many times more
 _FLOOR = 0.02  # parameters whose gradient is below this share of the whole are compared with that share
+CHECKED_AT_ONCE = 1 << 28  # entries whose gradients are compared at once: two times 1 GiB
 _RANDOM_SCALE = 0.02  # of what is put into parameters of zeros during the check
 
 
@@ -43,34 +46,45 @@ def _compare(
     engine: "PerSampleGradients", losses_of: Callable[[list[int]], Tensor], rows: list[int]
 ) -> float:
     tolerance = SELF_CHECK_TOLERANCE[_compute_dtype(engine.model)]
-    grads = engine.backward(losses_of(rows)).materialize()
-    parameters = [place.parameter for place in engine.parameters]
-    with engine.ordinary_autograd():
-        found = torch.autograd.grad(losses_of(rows).sum(), parameters, allow_unused=True)
-    pairs = zip(found, parameters, strict=True)
-    whole = torch.cat([_as_row(grad, parameter, grads.dtype) for grad, parameter in pairs])
-    if not whole.norm() > 0:
+    parts = list(_parts(engine.parameters))
+    differences: list[float] = []
+    lengths: list[float] = []
+    for part in parts:
+        summed = _weighted_sum(engine, losses_of(rows), [1.0] * len(rows), part)
+        with engine.ordinary_autograd():
+            parameters = [place.parameter for place in part]
+            found = torch.autograd.grad(losses_of(rows).sum(), parameters, allow_unused=True)
+        for ours, grad in zip(summed, found, strict=True):
+            expected = torch.zeros_like(ours) if grad is None else grad.flatten().to(ours.dtype)
+            differences.append(float((ours - expected).norm()))
+            lengths.append(float(expected.norm()))
+    whole = math.hypot(*lengths)
+    if not whole > 0:
         raise PrivacyError(
             "self-check: no gradient reaches the trainable parameters, so training would not move them. "
             "Check that adapters are active and that the loss depends on them."
         )
-    summed = grads.sum(dim=0)
-    worst = _relative_difference(summed, whole)
-    # A small parameter may be wrong without showing in the whole; its own rounding is larger, though.
-    floor = _FLOOR * whole.norm()
-    for place in engine.parameters:
-        part = slice(place.start, place.stop)
-        error = (summed[part] - whole[part]).norm() / (whole[part].norm() + floor)
+    worst = math.hypot(*differences) / whole
+    for place, difference, length in zip(engine.parameters, differences, lengths, strict=True):
+        # A small parameter may be wrong without showing in the whole; its own rounding is larger, though.
+        error = difference / (length + _FLOOR * whole)
         if not (worst <= tolerance and error <= _PARAMETER_FACTOR * tolerance):
             raise PrivacyError(
                 "self-check: the sum of the per-sample gradients differs from ordinary autograd by "
-                f"{worst:.2e} in the whole and {float(error):.2e} in {place.name} (allowed {tolerance:.0e} "
+                f"{worst:.2e} in the whole and {error:.2e} in {place.name} (allowed {tolerance:.0e} "
                 f"and {_PARAMETER_FACTOR * tolerance:.0e}). A layer of this model is not supported exactly; "
                 "no privacy claim would hold."
             )
     for row in rows if len(rows) > 1 else []:
-        alone = engine.backward(losses_of([row])).materialize()
-        coupling = _relative_difference(grads[row : row + 1], alone)
+        weights = [float(other == row) for other in rows]
+        changes: list[float] = []
+        lengths = []
+        for part in parts:
+            among = _weighted_sum(engine, losses_of(rows), weights, part)
+            alone = _weighted_sum(engine, losses_of([row]), [1.0], part)
+            changes += [float((one - other).norm()) for one, other in zip(among, alone, strict=True)]
+            lengths += [float(other.norm()) for other in alone]
+        coupling = math.hypot(*changes) / max(math.hypot(*lengths), torch.finfo(torch.float32).tiny)
         if not coupling <= tolerance:
             raise PrivacyError(
                 f"self-check: without its batch-mates a sample's gradient changes by {coupling:.2e} (allowed "
@@ -81,9 +95,25 @@ def _compare(
     return worst
 
 
-def _as_row(grad: Tensor | None, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
-    flat = parameter.new_zeros(parameter.numel()) if grad is None else grad.flatten()
-    return flat.to(dtype)
+def _parts(parameters: Sequence[TrainableParameter]) -> Iterator[list[TrainableParameter]]:
+    """Cut the parameters into neighbours of at most ``CHECKED_AT_ONCE`` entries, or a larger one alone."""
+    part: list[TrainableParameter] = []
+    for place in parameters:
+        if part and place.stop - part[0].start > CHECKED_AT_ONCE:
+            yield part
+            part = []
+        part.append(place)
+    yield part
+
+
+def _weighted_sum(
+    engine: "PerSampleGradients", losses: Tensor, weights: list[float], part: Sequence[TrainableParameter]
+) -> list[Tensor]:
+    """Sum the samples' gradients of some neighbouring parameters, as training does."""
+    batch = engine.backward(losses)
+    factors = torch.tensor(weights, device=engine.device)[:, None]
+    (summed,) = batch.accumulate_layers(factors, [slice(part[0].start, part[-1].stop)])
+    return list(summed.split([place.stop - place.start for place in part]))
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:
@@ -92,7 +122,3 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
     return max(
         dtypes & set(SELF_CHECK_TOLERANCE), key=SELF_CHECK_TOLERANCE.__getitem__, default=torch.float32
     )
-
-
-def _relative_difference(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))

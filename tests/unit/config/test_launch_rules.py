@@ -153,7 +153,8 @@ def test_other_parallelism_is_refused(name):
         ({"FSDP_VERSION": None}, "fsdp_version is not set, and accelerate then takes 1"),
         ({"FSDP_IGNORED_MODULES": ".*head"}, "the weights of ignored modules are not reduced"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "True"}, "leaves the base model empty on all processes but the"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing is true"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "training.gradient_checkpointing in the recipe does"),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, "fsdp_reshard_after_forward is false"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "FSDP and DeepSpeed are both switched on"),
     ],
 )
@@ -286,11 +287,9 @@ def test_a_deepspeed_file_that_cannot_be_used(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(("base", "name"), [(FSDP, "fsdp2"), (ZERO, "zero2")])
-def test_early_stopping_needs_whole_weights(base, name):
+def test_early_stopping_may_be_sharded(base, name):
     changes = {"training.early_stopping": {"method": "noisy_test", "epsilon": 1.0}, "data.min_held_out": 1200}
-    recipe = sample_recipe(changes)
-    assert f"which are sharded under {name}. Use recipes/accelerate/ddp.yaml" in refusal(base, recipe)
-    assert read_launch(TWO, recipe).strategy == "ddp"
+    assert read_launch(base, sample_recipe(changes)).strategy == name
 
 
 def test_bf16_against_a_float32_recipe():

@@ -76,7 +76,7 @@ class Run:
     def _note(self, check):
         def noting(stopping, step):
             score = check(stopping, step)
-            self.kept[step] = stopping._params.detach().clone()
+            self.kept[step] = torch.cat(list(stopping._params)).clone()
             return score
 
         return noting

@@ -53,13 +53,31 @@ BY_HAND = [
 def test_four_processes_by_hand(size, strategy, weights, sums, optimizer, gathered):
     rank = rank_memory(strategy, 4, size)
     assert (rank.weights, rank.sums, rank.optimizer, rank.gathered) == (weights, sums, optimizer, gathered)
-    assert rank.total == weights + sums + optimizer + gathered + 7_300 + rank.process
+    training = weights + sums + optimizer + gathered + 7_300
+    assert rank.total == max(training, rank.start) + rank.process
     assert rank.to_dict()["total"] == rank.total
 
 
 def test_uneven_shards_are_as_large_as_the_largest():
     size = dataclasses.replace(ADAPTERS, whole=Weights(10_001, 0))
     assert rank_memory("fsdp2", 4, size).weights == 5_001  # 20,002 bytes / 4, rounded up
+
+
+def test_two_passes_add_up_all_layers_and_early_stopping_keeps_a_copy():
+    size = dataclasses.replace(FULL, passes=2, keeps_best=True)
+    ddp, zero2, fsdp2 = (rank_memory(name, 4, size) for name in ("ddp", "zero2", "fsdp2"))
+    assert (ddp.sums, ddp.optimizer) == (80_000, 80_000 + 40_000)
+    assert (zero2.sums, zero2.optimizer) == (20_000 + 40_000, 30_000 + 10_000)
+    assert (fsdp2.sums, fsdp2.optimizer) == (10_000 + 40_000, 20_000 + 10_000)
+
+
+def test_a_process_holds_the_whole_model_before_it_is_shared_out():
+    size = dataclasses.replace(FULL, activation_bytes=0, sample_bytes=0)
+    rank = rank_memory("fsdp2", 100, size)
+    assert rank.start == 40_000 + 2 * 40_000
+    assert rank.total == rank.start + rank.process
+    large = rank_memory("fsdp2", 100, dataclasses.replace(size, whole=Weights(0, 8 * 10**9)))
+    assert large.start == 32 * 10**9 + 2 * GIB
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])

@@ -28,7 +28,7 @@ def run(scores: list[float], *, steps: int = 100, **settings) -> tuple[EarlyStop
     params = torch.zeros(1)
     remaining = iter(scores)
     config = EarlyStoppingConfig(method="public_validation", **settings)
-    stopping = EarlyStopping(config, params, lambda: next(remaining), steps=steps)
+    stopping = EarlyStopping(config, [params], lambda: next(remaining), steps=steps)
     for step in range(1, steps + 1):
         params += 1
         stopping.check(step)
@@ -77,11 +77,11 @@ def test_a_resumed_run_decides_as_one_that_was_never_killed(scores, killed, pati
     results = []
     for kill in (False, True):
         params, remaining = torch.zeros(1), iter(map(float, scores))
-        stopping = EarlyStopping(config, params, lambda r=remaining: next(r), steps=len(scores))
+        stopping = EarlyStopping(config, [params], lambda r=remaining: next(r), steps=len(scores))
         for step in range(1, len(scores) + 1):
             if kill and step == killed:
                 saved = stopping.state(), stopping.best_params
-                stopping = EarlyStopping(config, params, lambda r=remaining: next(r), steps=len(scores))
+                stopping = EarlyStopping(config, [params], lambda r=remaining: next(r), steps=len(scores))
                 stopping.load(*saved)
             params += 1
             stopping.check(step)
@@ -101,7 +101,7 @@ def test_number_of_checks_is_what_a_whole_run_makes(steps, every, checks):
             "data.public_validation": {"path": "p.jsonl"},
         }
     )
-    stopping = EarlyStopping(recipe.training.early_stopping, torch.zeros(1), lambda: 0.0, steps=steps)
+    stopping = EarlyStopping(recipe.training.early_stopping, [torch.zeros(1)], lambda: 0.0, steps=steps)
     made = sum(stopping.check(step) is not None for step in range(1, steps + 1))
     assert made == num_checks(recipe) == checks
 
