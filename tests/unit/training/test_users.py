@@ -156,7 +156,7 @@ class Users:
         self.step.accumulate = lambda losses, ids=None, **options: (
             self.calls.append(ids) or accumulate(losses, ids, **options)
         )
-        self.step.finish = lambda: self.sums.append(self.step.summed.clone()) or finish()
+        self.step.finish = lambda *totals: self.sums.append(self.step.summed.clone()) or finish(*totals)
         self.trainer = Trainer(self.head, self.step, self.sampler, self.examples, micro_batch_tokens=micro)
 
 
