@@ -36,6 +36,34 @@ def one_by_one(model: nn.Module, x: Tensor, losses: Losses = square_losses) -> T
     return torch.cat(rows)
 
 
+def with_the_same_draws(model: nn.Module, x: Tensor, losses: Losses = square_losses) -> tuple[Tensor, Tensor]:
+    """Differentiate one batch with the engine, and one loss after another without it, from one random state.
+
+    Returns:
+        ``[B, P]`` of the engine, and the truth.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(4)
+    rows = [
+        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for loss in losses(model, x)
+    ]
+    expected = [
+        torch.cat(
+            [
+                p.new_zeros(p.numel()) if g is None else g.flatten()
+                for g, p in zip(row, parameters, strict=True)
+            ]
+        )
+        for row in rows
+    ]
+    engine = PerSampleGradients(model)
+    torch.manual_seed(4)
+    found = engine.backward(losses(model, x)).materialize()
+    engine.detach()
+    return found, torch.stack(expected)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of the truth."""
     return float((actual.detach().double() - expected).norm() / expected.norm().clamp_min(1e-30))

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from securetune.errors import PrivacyError
+from securetune.privacy.per_sample.attention import AttentionPath, attention_path
 from securetune.privacy.per_sample.conv import conv_path
 from securetune.privacy.per_sample.disentangled import disentangled_path, table_path
 from securetune.privacy.per_sample.frozen import frozen_linear_path
@@ -91,6 +92,11 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
         if frozen is not None:
             paths.append(frozen)
             continue
+        attention = attention_path(engine, name, module)
+        if attention is not None:
+            paths.append(attention)
+            covered.append(name)
+            continue
         is_whole = (
             _is_adapter_with_parameters(module) or _convolves_itself(module) or _uses_containers(module)
         )
@@ -114,9 +120,10 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
         else:
             paths.append(FunctionalPath(engine, name, module))
             covered.append(name)
-    inside = {
-        id(child) for path in paths if type(path) is FunctionalPath for child in path.module.modules()
-    } - {id(path.module) for path in paths if type(path) is FunctionalPath}
+    whole = [path for path in paths if type(path) in (FunctionalPath, AttentionPath)]
+    inside = {id(child) for path in whole for child in path.module.modules()} - {
+        id(path.module) for path in whole
+    }
     return [path for path in paths if id(path.module) not in inside]  # a shared one may be listed before
 
 

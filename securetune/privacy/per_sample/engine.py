@@ -23,7 +23,9 @@ from securetune.privacy.per_sample.gradients import (
     TrainableParameter,
     Uses,
     as_3d,
+    dense_rows,
     index_units,
+    lookup_rows,
 )
 from securetune.privacy.per_sample.isolation import IsolationProof
 from securetune.privacy.per_sample.layout import (
@@ -325,17 +327,22 @@ class PerSampleGradients:
 
     def record_dense(self, place: TrainableParameter, a: Tensor, g: Tensor, name: str) -> None:
         """Record the gradient ``g_i^T a_i`` of a matrix; ``a``: ``[B, ..., d]``, ``g``: ``[B, ..., p]``."""
-        a, g = self.by_sample(a, name), self.by_sample(g, name)
-        uses = self._uses(place, name)
+        a, g = as_3d(self.by_sample(a, name)), as_3d(self.by_sample(g, name))
+        if place.index in self._row_columns:  # a layer of another kind has the same weight
+            self.record_rows(place, dense_rows(a, g, self.compute_dtype), name)
+            return
         must_keep = self._takes_two_passes or self._owners[id(place.parameter)] > 1
-        uses.add_dense(as_3d(a), as_3d(g), self.compute_dtype, is_tied=must_keep)
+        self._uses(place, name).add_dense(a, g, self.compute_dtype, is_tied=must_keep)
         self._give(place)
 
     def record_lookup(self, place: TrainableParameter, ids: Tensor, g: Tensor, name: str) -> None:
         """Record the gradient of a table; ``ids``: ``[B, T]``, ``g``: ``[B, T, d]``."""
         ids, g = self.by_sample(ids, name), self.by_sample(g, name)
-        uses = self._uses(place, name)
-        uses.lookups.append((ids.reshape(self._rows, -1), g.reshape(self._rows, -1, g.shape[-1])))
+        ids, g = ids.reshape(self._rows, -1), g.reshape(self._rows, -1, g.shape[-1])
+        if place.index in self._row_columns:
+            self.record_rows(place, lookup_rows(ids, g, place.shape[0], self.compute_dtype), name)
+            return
+        self._uses(place, name).lookups.append((ids, g))
         self._give(place)
 
     def record_routed(
@@ -359,7 +366,7 @@ class PerSampleGradients:
         if self._is_second:
             return
         if grads.shape[0] != self._rows:
-            raise not_by_sample(name, grads.shape[0], self._rows)
+            raise not_by_sample(name, grads.shape, self._rows)
         columns = self.row_slice(place).unflatten(1, grads.shape[1:] or (1,))
         grads = grads.view(columns.shape) if grads.ndim == 1 else grads
         if place.index in self._written:  # the module ran more than once in this forward
@@ -405,19 +412,6 @@ class PerSampleGradients:
                 own.zero_()
             self._written.add(place.index)
         return rows, is_added
-
-    def refuse_plain_backward(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Raise if the running pass is a plain ``loss.backward()``, which would leave these untrained."""
-        for parameter in parameters:
-            if not parameter.requires_grad:  # frozen meanwhile, by an attack
-                continue
-            node = torch.autograd.graph.get_gradient_edge(parameter).node
-            if torch._C._will_engine_execute_node(node):  # pyright: ignore[reportAttributeAccessIssue]
-                raise PrivacyError(
-                    "a plain backward() reached a layer with per-sample gradients, which computes no summed "
-                    "weight gradient, so nothing would be trained. Give the losses [B] to the private step's "
-                    "backward; for gradients of inputs use torch.autograd.grad(loss, inputs)."
-                )
 
     def warn_of_loop(self, name: str, module: nn.Module, reason: str) -> None:
         """Say once for each kind of layer that it is differentiated one sample after another."""
@@ -471,14 +465,8 @@ class PerSampleGradients:
             PrivacyError: If the number of rows is not a multiple of the number of samples, or a sample's loss
                 reaches another sample's rows.
         """
-        if tensor.ndim == 0:
-            raise PrivacyError(
-                f"the loss uses an output of layer {name} that has no batch dimension, so its gradient can't "
-                "be split by sample: a balance loss or another mean over the batch. Leave it out of the loss "
-                "or freeze the layer."
-            )
-        if tensor.shape[0] == 0 or tensor.shape[0] % self._rows:
-            raise not_by_sample(name, tensor.shape[0], self._rows)
+        if tensor.ndim == 0 or tensor.shape[0] == 0 or tensor.shape[0] % self._rows:
+            raise not_by_sample(name, tensor.shape, self._rows)
         if tensor.shape[0] > self._rows:
             tensor = tensor.unflatten(0, (self._rows, -1))
         return tensor

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from securetune.errors import PrivacyError
+from securetune.privacy.per_sample.draws import Draws
 from securetune.privacy.per_sample.gradients import TrainableParameter
 from securetune.privacy.per_sample.paths import Path, recorded, recorded_all, trains_now
 
@@ -30,7 +29,6 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, tor
 
 _POSITION_TABLE = "relative_attention_bias"
 _POSITION_METHODS = ("compute_bias", "compute_position_bias")
-_RANDOM = (torch.rand, torch.rand_like, torch.randn, torch.randn_like, torch.bernoulli)
 
 
 class FunctionalPath(Path):
@@ -64,7 +62,7 @@ class FunctionalPath(Path):
             isinstance(ids, Tensor) and ids.ndim == 1 for ids in (*args, *kwargs.values())
         ):
             raise self._not_splittable("ids in one row with offsets are bags of several samples; give [B, T]")
-        draws = _Draws()
+        draws = Draws()
         with draws:
             y = self._functional(detach_all(named), args, kwargs)
         outputs, output_spec = tree_flatten(y)
@@ -85,7 +83,7 @@ class FunctionalPath(Path):
             given = iter(values[:num_tensors])
             rebuilt = [next(given) if here else leaf for here, leaf in zip(is_tensor, others, strict=True)]
             new_args, new_kwargs = tree_unflatten(rebuilt, spec)
-            with _Draws(values[num_tensors:]):
+            with Draws(values[num_tensors:]):
                 again = tree_flatten(self._functional(parameters, new_args, new_kwargs))[0]
             return [again[i] for i in watched]
 
@@ -94,7 +92,7 @@ class FunctionalPath(Path):
 
         def record(g: Sequence[Tensor | None], *saved: Tensor) -> None:
             values = [value.detach() for value in saved]
-            self._record(g, values, named, call, is_shared=is_shared)
+            self._record(g, values, named, call, is_shared=is_shared, num_tensors=num_tensors)
 
         parts = [outputs[i] for i in watched]
         if is_shared:
@@ -121,10 +119,12 @@ class FunctionalPath(Path):
         call: "Rerun",
         *,
         is_shared: bool,
+        num_tensors: int = 0,
     ) -> None:
         """Differentiate each sample; ``grads``: ``[B, ...]``, or ``[B T, ...]`` for rows that are no samples.
 
-        An output that the losses do not depend on has no gradient.
+        An output that the losses do not depend on has no gradient. Of the values the first ``num_tensors``
+        were given to the module, the others it drew: those may be ``[B H, ...]``, for each head of attention.
         """
         engine = self.engine
         used = [i for i, g in enumerate(grads) if g is not None]
@@ -136,7 +136,10 @@ class FunctionalPath(Path):
         rows = by_sample[0].shape[0]
         is_flat = given > rows
         firsts = [value.shape[0] if value.ndim and rows > 1 and not is_shared else 0 for value in values]
-        is_split = [first in (given, rows) for first in firsts]
+        is_split = [
+            first in (given, rows) or (i >= num_tensors and first > 0 and first % rows == 0)
+            for i, first in enumerate(firsts)
+        ]
         # a router may get [B, T, d] and return [B T, k]
         is_whole = [first == rows for first in firsts]  # else the sample's rows of [B T, ...]
         split = [
@@ -254,7 +257,10 @@ class FunctionalPath(Path):
     def _functional(self, parameters: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         """Run the module's own forward without its hooks, which already run around this path."""
         replaced = {f"module.{name}": parameter for name, parameter in parameters.items()}
-        return functional_call(_Bare(self.module, self._original), replaced, args, kwargs)
+        return functional_call(_Bare(self.module, self._forward), replaced, args, kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original(*args, **kwargs)
 
 
 class PromptPath(FunctionalPath):
@@ -354,34 +360,6 @@ def position_bias_path(engine: "PerSampleGradients", name: str, module: nn.Modul
         return None
     prefix = f"{name}." if name else ""
     return PositionBiasPath(engine, f"{prefix}{_POSITION_TABLE}", module, _POSITION_TABLE, method)
-
-
-class _Draws(TorchFunctionMode):
-    """Keep the dropout masks and random numbers that a module draws, or hand kept ones out again."""
-
-    def __init__(self, kept: Sequence[Tensor] | None = None) -> None:
-        super().__init__()
-        self.drawn: list[Tensor] = []
-        self._kept = None if kept is None else iter(kept)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _RANDOM:
-            return self._draw(lambda: func(*args, **kwargs))
-        if func is functional.dropout:
-            given = {"p": 0.5, "training": True, "inplace": False}
-            given |= dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
-            x, p = given["input"], given["p"]
-            if given["training"] and p > 0:
-                mask = self._draw(lambda: functional.dropout(torch.ones_like(x), p))
-                return x.mul_(mask) if given["inplace"] else x * mask
-        return func(*args, **kwargs)
-
-    def _draw(self, draw: Callable[[], Tensor]) -> Tensor:
-        if self._kept is not None:
-            return next(self._kept)
-        self.drawn.append(draw().detach())
-        return self.drawn[-1]
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Uses:
         if self.written is None and not is_smaller:
             self.dense.append((a, g))
             return
-        product = torch.bmm(g.to(dtype).transpose(1, 2), a.to(dtype)).flatten(1)
+        product = dense_rows(a, g, dtype).flatten(1)
         self.written = product if self.written is None else self.written.add_(product)
 
 
@@ -306,6 +306,37 @@ class _ColumnRun:
     columns: slice
     flat: slice
     group: int
+
+
+def dense_rows(a: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """Write ``g_i^T a_i`` out.
+
+    Args:
+        a: ``[B, T, d]``: inputs of a dense layer.
+        g: ``[B, T, p]``: gradients of its outputs.
+        dtype: To compute in.
+
+    Returns:
+        ``[B, p, d]``.
+    """
+    return torch.bmm(g.to(dtype).transpose(1, 2), a.to(dtype))
+
+
+def lookup_rows(ids: Tensor, g: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Write the gradient of a table out.
+
+    Args:
+        ids: ``[B, T]``: what was looked up.
+        g: ``[B, T, d]``: gradients of the outputs.
+        size: Rows of the table, ``V``.
+        dtype: To compute in.
+
+    Returns:
+        ``[B, V, d]``.
+    """
+    first = size * torch.arange(len(ids), device=ids.device)[:, None]
+    rows = g.new_zeros(len(ids) * size, g.shape[2], dtype=dtype)
+    return add_rows(rows, (ids + first).flatten(), g.flatten(0, 1).to(dtype)).unflatten(0, (len(ids), size))
 
 
 def dense_squared_norms(a: Tensor, g: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.frozen import FrozenLinearPath, frozen_linear
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
-from securetune.privacy.per_sample.paths import Path, trains_now
+from securetune.privacy.per_sample.paths import Path, refuse_plain_backward, trains_now
 from securetune_kernels import Adapter, lora_per_sample_grads
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class LoraPath(Path):
             engine.refuse_coupled(g, self.name)
             return
         if not engine.is_recording:
-            engine.refuse_plain_backward(self.parameters)
+            refuse_plain_backward(self)
             return
         if engine.has_all_of(self):
             return

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
-from securetune.privacy.per_sample.paths import Path, detached, record_sums, recorded, without_frozen
+from securetune.privacy.per_sample.paths import (
+    Path,
+    detached,
+    record_sums,
+    recorded,
+    refuse_plain_backward,
+    without_frozen,
+)
 from securetune_kernels import Normalized, per_sample_sums
 
 if TYPE_CHECKING:
@@ -95,7 +102,7 @@ def _record_scale(path: RmsNormPath, g: Tensor, x: Tensor, scale: Tensor) -> Non
         engine.refuse_coupled(g, path.name)
         return
     if not engine.is_recording:
-        engine.refuse_plain_backward(path.parameters)
+        refuse_plain_backward(path)
         return
     if engine.has_all_of(path):
         return

@@ -354,8 +354,34 @@ class _Recorder(torch.autograd.Function):
             if any(g is not None for g in grad_outputs) and not engine.has_all_of(ctx.path):
                 ctx.record(grad_outputs, *(tensor.detach() for tensor in kept))
         else:
-            engine.refuse_plain_backward(ctx.path.parameters)
+            refuse_plain_backward(ctx.path)
         return None, None, None, None, *grad_outputs, *[None] * ctx.num_others
+
+
+def refuse_plain_backward(path: Path) -> None:
+    """Refuse a pass that wants gradients of a path's parameters, and would get none.
+
+    Args:
+        path: Whose recorder the pass reached outside of the engine's backward.
+
+    Raises:
+        PrivacyError: If it does; passes that want other gradients only, as an attack's, go through.
+    """
+    for parameter in path.parameters:
+        if not parameter.requires_grad:  # frozen meanwhile, by an attack
+            continue
+        node = torch.autograd.graph.get_gradient_edge(parameter).node
+        try:
+            is_wanted = torch._C._will_engine_execute_node(node)  # pyright: ignore[reportAttributeAccessIssue]
+        except RuntimeError:  # torch.autograd.grad asks for it
+            is_wanted = True
+        if is_wanted:
+            raise PrivacyError(
+                f"a plain backward() or torch.autograd.grad() reached layer {path.name} with per-sample "
+                "gradients, which computes no summed weight gradient, so nothing would be trained. Give the "
+                "losses [B] to the private step's backward; for gradients of inputs use "
+                "torch.autograd.grad(loss, inputs)."
+            )
 
 
 @torch.compiler.disable

@@ -77,19 +77,25 @@ class RowWatch:
             hook.remove()
 
 
-def not_by_sample(name: str, found: int, samples: int) -> PrivacyError:
+def not_by_sample(name: str, shape: Sequence[int], samples: int) -> PrivacyError:
     """Explain why a layer's gradient can't be split by sample.
 
     Args:
         name: The layer's name.
-        found: Rows that it saw.
+        shape: Shape of what it saw.
         samples: Samples in the batch.
 
     Returns:
         The error to raise.
     """
+    if not shape:
+        return PrivacyError(
+            f"the loss uses an output of layer {name} that has no batch dimension, so its gradient can't "
+            "be split by sample: a balance loss or another mean over the batch. Leave it out of the loss "
+            "or freeze the layer."
+        )
     return PrivacyError(
-        f"layer {name} saw {found} rows where the batch has {samples} samples, so its gradient can't be "
+        f"layer {name} saw {shape[0]} rows where the batch has {samples} samples, so its gradient can't be "
         "split by sample. Give it batch-first input, one row per sample, or freeze it; packed rows are not "
         "supported here."
     )

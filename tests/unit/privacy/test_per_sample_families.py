@@ -282,54 +282,6 @@ class TestModuleWithSeveralOutputs:
         # parts of its attention compute in float32
         assert_exact(model, padded_ids(), losses, tolerance=1e-6)
 
-    @pytest.mark.parametrize("needs_weights", [True, False])
-    def test_attention_of_torch(self, needs_weights):
-        class Attention(nn.MultiheadAttention):
-            def forward(self, x):
-                y, weights = super().forward(x, x, x, need_weights=needs_weights)
-                return y if weights is None else y * (1 + weights.sum(dim=2, keepdim=True).sin())
-
-        class Whole(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-
-            def forward(self, x):
-                y, weights = self.attention(x, x, x, need_weights=needs_weights)
-                return y if weights is None else y * weights.square().sum(dim=2, keepdim=True)
-
-        x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        assert_exact(random_parameters(Whole().double()), x)
-        if not needs_weights:
-            model = nn.Sequential(Attention(6, 2, batch_first=True)).double()
-            assert_exact(random_parameters(model), x)
-
-
-class TestRecurrentLayers:
-    @pytest.mark.parametrize("read", ["output", "state", "both"])
-    @pytest.mark.parametrize("batch_first", [True, False])
-    @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-    @pytest.mark.parametrize("options", [{}, {"num_layers": 3, "bidirectional": True}], ids=["one", "deep"])
-    def test_outputs_and_states(self, kind, options, batch_first, read):
-        class Whole(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.start, self.layer = nn.Linear(6, 3), kind(6, 3, batch_first=batch_first, **options)
-
-            def forward(self, x):
-                layers = self.layer.num_layers * (1 + self.layer.bidirectional)
-                first = self.start(x[:, 0]).expand(layers, -1, -1).contiguous()
-                start = (first, first.sin()) if kind is nn.LSTM else first
-                y, last = self.layer(x if batch_first else x.transpose(0, 1), start)
-                y = y if batch_first else y.transpose(0, 1)
-                state = torch.cat(last if kind is nn.LSTM else (last,)).transpose(0, 1)
-                if read == "output":
-                    return y
-                return state if read == "state" else y.sum(dim=(1, 2))[:, None] * state.flatten(1)
-
-        x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        assert_exact(random_parameters(Whole().double()), x)
-
 
 class TestOperationThatDoesNotVectorise:
     def test_samples_run_one_after_another(self, caplog):
@@ -352,32 +304,6 @@ class TestOperationThatDoesNotVectorise:
         messages = [record.message for record in caplog.records if "once for each sample" in record.message]
         assert len(messages) == 1
         assert "Wav2Vec2Model" in messages[0]
-
-
-class TestDropoutInAModuleRunAgain:
-    @pytest.mark.parametrize("kind", ["dropout", "drop path"])
-    def test_masks_are_those_of_the_forward_pass(self, kind):
-        class Scaled(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.scale, self.dropout = nn.Parameter(torch.ones(6)), nn.Dropout(0.4)
-
-            def forward(self, x):
-                if kind == "drop path":
-                    return x * self.scale * (torch.rand(len(x), 1, 1) + 0.5).floor()
-                return self.dropout(x * self.scale) + self.dropout(x).sum(dim=1, keepdim=True) * self.scale
-
-        x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        model = random_parameters(nn.Sequential(Scaled()).double()).train()
-        engine = PerSampleGradients(model)
-        for _ in range(2):
-            torch.manual_seed(4)
-            found = engine.backward((model(x) + 0.3).square().sum(dim=(1, 2))).materialize()
-            with engine.ordinary_autograd():
-                torch.manual_seed(4)
-                losses = (model(x) + 0.3).square().sum(dim=(1, 2))
-                rows = [torch.autograd.grad(loss, model[0].scale, retain_graph=True)[0] for loss in losses]
-            torch.testing.assert_close(found, torch.stack(rows), rtol=1e-12, atol=0.0)
 
 
 class TestDisentangledAttention:

@@ -150,28 +150,12 @@ class TestModules:
 
         refused(using(Row(), use), randn(4, 4, 6), "differs from that in the batch|Mismatch")
 
-    @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM])
-    def test_packed_sequences_of_a_recurrent_layer(self, kind):
-        def use(layer, x):
-            packed = nn.utils.rnn.pack_padded_sequence(x, torch.full((len(x),), 5), batch_first=True)
-            return nn.utils.rnn.pad_packed_sequence(layer(packed)[0], batch_first=True)[0]
-
-        model = using(kind(6, 3, batch_first=True), use)
-        refused(model, randn(4, 5, 6), "rows of several samples lie mixed.*Pad them instead")
-
     def test_bags_of_several_samples_in_one_row(self):
         model = using(
             nn.EmbeddingBag(9, 6), lambda layer, ids: layer(ids.flatten(), 2 * torch.arange(len(ids)))
         )
         with pytest.raises(PrivacyError, match=r"EmbeddingBag.* give \[B, T\]"):
             PerSampleGradients(model).model(torch.arange(8).view(4, 2))
-
-    def test_attention_of_torch_that_is_not_batch_first(self):
-        def use(layer, x):
-            x = x.transpose(0, 1)
-            return layer(x, x, x)[0].transpose(0, 1)
-
-        refused(using(nn.MultiheadAttention(6, 2), use), randn(4, 5, 6), "saw 5 rows|can't be run")
 
     @pytest.mark.parametrize("batch", [1, 4])
     def test_output_without_a_batch_dimension(self, batch):
@@ -212,7 +196,7 @@ class TestModules:
                 self.scale = nn.Parameter(torch.ones(6))
 
             def forward(self, x):
-                return self.scale * x * torch.empty_like(x).bernoulli_(0.9)
+                return self.scale * x * torch.normal(x, 0.1)
 
         refused(using(Own(), lambda layer, x: layer(x)), randn(4, 5, 6), "random operation")
 
@@ -235,25 +219,6 @@ class TestModules:
         model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["layer"]))
         with pytest.raises(PrivacyError, match=r"layer base_model.model.layer is an adapter of nn.Multihead"):
             PerSampleGradients(model)
-
-    def test_part_of_the_attention_of_torch(self):
-        model = using(nn.MultiheadAttention(6, 2, batch_first=True), lambda layer, x: layer(x, x, x)[0])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("out_proj" in name)
-        refused(model, randn(4, 5, 6), r"out_proj\.weight got an ordinary gradient")
-
-    def test_weight_shared_by_layers_of_different_kinds(self):
-        class Times(nn.Module):
-            def __init__(self, weight) -> None:
-                super().__init__()
-                self.weight = weight
-
-            def forward(self, x):
-                return x @ self.weight
-
-        linear = nn.Linear(6, 6)
-        model = nn.Sequential(linear, Times(linear.weight)).double()
-        refused(model, randn(4, 6), "shared by layers of different kinds")
 
     def test_child_of_a_whole_module_used_outside_of_it(self):
         class Block(nn.Module):

@@ -208,11 +208,13 @@ def test_trap_30_no_unclipped_gradient_stays_anywhere():
     assert not any("grad" in name for name in model.state_dict())
 
 
-def test_trap_30_plain_backward_is_refused():
+@pytest.mark.parametrize("asks", ["backward", "grad"])
+def test_trap_30_plain_backward_is_refused(asks):
     model = small_model(tied=True)
     PerSampleGradients(model)
+    loss = small_losses(model, some_ids()).sum()
     with pytest.raises(PrivacyError, match="plain backward"):
-        small_losses(model, some_ids()).sum().backward()
+        loss.backward() if asks == "backward" else torch.autograd.grad(loss, list(model.parameters()))
 
 
 @pytest.mark.parametrize("what", ["a group added later", "parameters unfrozen later", "one left out"])
