@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _RANDOM = (torch.rand, torch.rand_like, torch.randn, torch.randn_like, torch.bernoulli)
-_RANDOM_IN_PLACE = (Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_)
+_RANDOM_IN_PLACE = (Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.exponential_)
 _DROPOUTS = (functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d)
 
 

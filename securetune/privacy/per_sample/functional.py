@@ -62,6 +62,14 @@ class FunctionalPath(Path):
             isinstance(ids, Tensor) and ids.ndim == 1 for ids in (*args, *kwargs.values())
         ):
             raise self._not_splittable("ids in one row with offsets are bags of several samples; give [B, T]")
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        others = [
+            None if isinstance(leaf, Tensor) or _is_unused_cache(leaf, self.module) else leaf
+            for leaf in leaves
+        ]
+        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        num_tensors = len(tensors)  # what outlives this call must not hold the tensors themselves
         draws = Draws()
         with draws:
             y = self._functional(detach_all(named), args, kwargs)
@@ -71,11 +79,6 @@ class FunctionalPath(Path):
         if not watched or opaque:  # a gradient could pass through what can't be seen into
             kind = type(opaque[0] if opaque else y).__name__
             raise self._not_splittable(f"it returns a {kind}, not tensors that could be watched")
-        leaves, spec = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        num_tensors = len(tensors)  # what outlives this call must not hold the tensors themselves
         device = outputs[watched[0]].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -226,10 +229,10 @@ class FunctionalPath(Path):
     ) -> None:
         """Refuse a wrong guess of which arguments have one row per sample: a shared one may look so.
 
-        A single argument is compared the first time, several each time.
+        A single argument is compared the first time; several, or samples that run one by one, each time.
         """
         key = tuple(is_split)
-        if key in self._compared and sum(is_split) <= 1:
+        if key in self._compared and sum(is_split) <= 1 and not self._is_looped:
             return
         with torch.no_grad():
             every = call(parameters, values)
@@ -400,6 +403,21 @@ def _random_states() -> list[Tensor]:
 
 def _is_differentiable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _is_unused_cache(leaf: Any, module: Any) -> bool:
+    """Whether an argument is a cache of transformers that a layer only fills: it runs again without one."""
+    from transformers.cache_utils import Cache, EncoderDecoderCache
+
+    if not isinstance(leaf, Cache):
+        return False
+    if isinstance(leaf, EncoderDecoderCache):
+        both = (leaf.self_attention_cache, leaf.cross_attention_cache)
+        return all(_is_unused_cache(part, module) for part in both)
+    index = getattr(module, "layer_idx", None)
+    own: Any = leaf.layers if index is None else leaf.layers[index : index + 1]
+    states = [state for layer in own for state in getattr(layer, "has_previous_state", {}).values()]
+    return not any(states) and not any(getattr(layer, "is_initialized", False) for layer in own)
 
 
 def _random_layer(path: FunctionalPath) -> PrivacyError:

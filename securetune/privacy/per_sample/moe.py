@@ -331,12 +331,8 @@ def routed_path(engine: "PerSampleGradients", name: str, module: nn.Module) -> P
             f"layer {name} has an adapter of its parameter {module.parameter_name} (target_parameters), "
             "which has an exact path only on the experts of transformers. Use target_modules instead."
         )
-    if _looks_like_experts(name, module):
-        raise PrivacyError(
-            f"layer {name} ({type(module).__name__}) has trainable experts in a form that does not tell "
-            "which sample a token is from. Freeze them (requires_grad_(False)) and train other layers, or "
-            "use a model whose experts follow transformers' experts interface."
-        )
+    if _has_own_experts(module):
+        return FunctionalPath(engine, name, module)
     return RouterPath(engine, name, module) if _is_router(module) else None
 
 
@@ -359,9 +355,18 @@ def _is_known_experts(module: Any) -> bool:
     )
 
 
-def _looks_like_experts(name: str, module: nn.Module) -> bool:
-    is_named_so = name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
-    return is_named_so and not isinstance(module, nn.Linear)
+def _has_own_experts(module: nn.Module) -> bool:
+    """Whether a module holds experts that see tokens in an order of their own, and so run as a whole.
+
+    They are layers in a list that the module goes through, one layer for sorted tokens, or the module itself.
+    """
+    is_named_so = type(module).__name__.endswith("Experts") and not isinstance(module, nn.Linear)
+    if is_named_so and type(module).forward is not nn.Module.forward:
+        return True
+    listed = getattr(module, "experts", None)
+    is_list = isinstance(listed, nn.ModuleList | nn.ModuleDict) and type(listed).forward is nn.Module.forward
+    is_sorted = any(type(child).__name__.endswith("ParallelExperts") for child in module.children())
+    return (is_list or is_sorted) and any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _is_router(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.gradients import TrainableParameter
+from securetune.privacy.per_sample.positions import Positions
 from securetune_kernels import per_sample_sums
 
 if TYPE_CHECKING:
@@ -191,11 +192,23 @@ class _Multiply(torch.autograd.Function):
 class EmbeddingPath(Path):
     """``nn.Embedding``: ids and output gradients; ids given once for all samples are looked up per sample."""
 
+    def __init__(self, engine: "PerSampleGradients", name: str, module: Any) -> None:
+        super().__init__(engine, name, module)
+        self._uses: set[str] = set()  # what its positions met
+
     def run(self, ids: Tensor) -> Tensor:
-        """Run the lookup; ``ids``: ``[B, ...]`` or ``[1, ...]``."""
-        module, rows = self.module, self.engine.batch_rows
-        if rows is not None and rows > 1 and ids.ndim >= 2 and ids.shape[0] == 1:
-            ids = ids.expand(rows, *ids.shape[1:])
+        """Run the lookup; ``ids``: ``[B, ...]``, ``[1, ...]``, or ``[T]`` for all samples."""
+        rows = self.engine.batch_rows
+        if rows is None or rows == 1:
+            return self._look_up(ids)
+        if ids.ndim == 1:
+            return Positions.make(
+                self._look_up(ids), rows, lambda: self._look_up(ids.expand(rows, -1)), self._uses
+            )
+        return self._look_up(ids.expand(rows, *ids.shape[1:]) if ids.shape[:1] == (1,) else ids)
+
+    def _look_up(self, ids: Tensor) -> Tensor:
+        module = self.module
         place = self.engine.place_of(module.weight)
         assert place is not None
         y = functional.embedding(ids, module.weight.detach())

@@ -269,9 +269,27 @@ class TestPositionTableThatIsIndexed:
         x = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         assert_exact(model, x, losses)
 
+    @pytest.mark.parametrize("tokens", [9, 3])
+    def test_blenderbot_looks_positions_up_once_for_all_samples(self, tokens):
+        config = transformers.BlenderbotConfig(
+            vocab_size=VOCAB, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64,
+        )  # fmt: skip
+        model = build(transformers.AutoModelForSeq2SeqLM, config)
+        assert_exact(model, padded_ids(3, 9)[:, :tokens], losses)
+
+    def test_subclass_of_a_table_with_one_id_for_each_sample(self):
+        class Largest(nn.Embedding):
+            def forward(self, x):
+                return super().forward(x.argmax(dim=1))
+
+        x = torch.tensor([[0.1, 3.0, 0.2], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0]], dtype=torch.float64)
+        assert_exact(random_parameters(nn.Sequential(Largest(3, 6), nn.Linear(6, 3)).double()), x)
+
 
 class TestModuleWithSeveralOutputs:
-    def test_attention_sinks_of_gpt_oss(self):
+    @pytest.mark.parametrize("fills_a_cache", [True, False])
+    def test_attention_sinks_of_gpt_oss(self, fills_a_cache):
         config = transformers.GptOssConfig(
             **_DECODER, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -280,7 +298,12 @@ class TestModuleWithSeveralOutputs:
         model = build(transformers.AutoModelForCausalLM, config)
         assert any("sinks" in name for name, _ in model.named_parameters())
         # parts of its attention compute in float32
-        assert_exact(model, padded_ids(), losses, tolerance=1e-6)
+
+        def cached_losses(model, ids):
+            y = model(input_ids=ids, attention_mask=(ids != 0).long()).logits
+            return y.log_softmax(dim=-1)[:, :, 4].sum(dim=1)
+
+        assert_exact(model, padded_ids(), cached_losses if fills_a_cache else losses, tolerance=1e-6)
 
 
 class TestOperationThatDoesNotVectorise:

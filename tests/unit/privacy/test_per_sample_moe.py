@@ -13,7 +13,7 @@ from securetune.errors import PrivacyError
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.per_sample.gradients import by_expert, routed_squared_norms
 from securetune.privacy.per_sample.moe import ExpertsPath, RouterPath
-from tests.per_sample_oracle import assert_exact
+from tests.per_sample_oracle import assert_exact, random_parameters, square_losses
 
 VOCAB = 60
 _SIZES = {
@@ -264,6 +264,69 @@ class TestAdapters:
         assert relative_error(grads, expected) < 1e-12
 
 
+class Mixture(nn.Module):
+    """Experts in a list, called with their tokens; a sample may get too few, as its capacity allows."""
+
+    def __init__(self, capacity: int | None = None) -> None:
+        super().__init__()
+        self.router = nn.Linear(6, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)) for _ in range(3)
+        )
+        self.capacity = capacity
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(0, -2)
+        weights, chosen = self.router(tokens).softmax(dim=-1).topk(2)
+        y = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            slots = (chosen == index).nonzero()[: self.capacity]
+            if len(slots):
+                y = y.index_add(
+                    0, slots[:, 0], expert(tokens[slots[:, 0]]) * weights[slots.unbind(1)][:, None]
+                )
+        return y.view_as(x)
+
+
+class TestExpertsInAnOrderOfTheirOwn:
+    @pytest.mark.parametrize("mode", ["full", "lora"])
+    def test_list_of_layers(self, mode):
+        model = nn.Sequential(nn.Linear(6, 6), Mixture()).double()
+        if mode == "lora":
+            lora = LoraConfig(r=2, target_modules=r"0|.*router|.*experts\.\d\.\d", exclude_modules=r".*\.1")
+            model = get_peft_model(model, lora, autocast_adapter_dtype=False).double()
+        x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        assert_exact(random_parameters(model), x)
+
+    def test_capacity_that_the_batch_shares_is_refused_when_it_matters(self):
+        model = random_parameters(nn.Sequential(nn.Linear(6, 6), Mixture(capacity=8)).double())
+        engine = PerSampleGradients(model)
+        x = torch.randn(4, 9, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        engine.backward(square_losses(model, x[:2, :2]))
+        with pytest.raises(PrivacyError, match="differs from that in the batch"):
+            engine.backward(square_losses(model, x))
+
+    @pytest.mark.parametrize("mode", ["full", "lora"])
+    def test_switch_transformers(self, mode):
+        config = transformers.SwitchTransformersConfig(
+            vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, num_experts=3,
+            num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, expert_capacity=16, dropout_rate=0.0,
+            router_jitter_noise=0.0, decoder_start_token_id=0,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSeq2SeqLM.from_config(config).double().train()
+        if mode == "lora":
+            lora = LoraConfig(r=2, target_modules="all-linear")
+            model = get_peft_model(model, lora, autocast_adapter_dtype=False).double()
+
+        def losses(model, ids):
+            y = model(input_ids=ids, decoder_input_ids=ids[:, :5], use_cache=False).logits
+            return y.log_softmax(dim=-1)[:, :, 4].sum(dim=1)
+
+        # the router computes in float32
+        assert_exact(random_parameters(model, std=0.1), some_ids(), losses, tolerance=1e-6)
+
+
 class TestRefusals:
     def test_balance_loss(self):
         model, ids = moe_model("mixtral"), some_ids()
@@ -272,15 +335,6 @@ class TestRefusals:
         losses = functional.cross_entropy(outputs.logits[:, -1], ids[:, 0], reduction="none")
         with pytest.raises(PrivacyError, match=r"coupled.*balance loss"):
             engine.backward(losses + 0.01 * outputs.aux_loss)
-
-    def test_experts_that_are_separate_layers(self):
-        class Block(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-
-        with pytest.raises(PrivacyError, match=r"layer experts \(ModuleList\).*Freeze them"):
-            PerSampleGradients(Block())
 
     def test_parallel_experts(self):
         model = moe_model("mixtral")

@@ -1,0 +1,127 @@
+"""Tables that are looked up once for all samples, against ordinary autograd on one sample at a time."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from securetune.errors import PrivacyError
+from securetune.privacy.per_sample import PerSampleGradients
+from tests.per_sample_oracle import assert_exact, random_parameters, square_losses
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def add_in_place(x: Tensor, p: Tensor) -> Tensor:
+    x = 1 * x
+    x += p
+    return x
+
+
+USES = {
+    "added": lambda x, p: x + p,
+    "added to": lambda x, p: p + x,
+    "in place": add_in_place,
+    "multiplied": lambda x, p: x * p,
+    "twice": lambda x, p: x * p + p,
+    "unsqueezed": lambda x, p: x + p.unsqueeze(0),
+    "indexed": lambda x, p: x + p[None],
+    "cast": lambda x, p: x + p.to(x.dtype)[None].contiguous(),
+}
+REPEATED = {
+    "expanded": lambda x, p: x + p.unsqueeze(0).expand(len(x), -1, -1).sin(),
+    "expanded to a shape": lambda x, p: x + p.expand(len(x), *p.shape).sin(),
+    "repeated": lambda x, p: x + p.repeat(len(x), 1, 1).sin(),
+}
+
+
+class Placed(nn.Module):
+    """Looks positions up once for all samples, as small GPTs do."""
+
+    def __init__(self, use) -> None:
+        super().__init__()
+        self.positions, self.layer, self.use = nn.Embedding(9, 6), nn.Linear(6, 6), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.use(x, self.positions(torch.arange(x.shape[1])))))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 5, 6])
+@pytest.mark.parametrize("use", USES)
+def test_positions_for_all_samples(use, tokens):
+    assert_exact(random_parameters(Placed(USES[use]).double()), randn(3, tokens, 6))
+
+
+@pytest.mark.parametrize("tokens", [5, 6])
+@pytest.mark.parametrize("use", REPEATED)
+def test_positions_repeated_for_each_sample(use, tokens):
+    assert_exact(random_parameters(Placed(REPEATED[use]).double()), randn(3, tokens, 6))
+
+
+@pytest.mark.parametrize("use", REPEATED)
+def test_positions_repeated_as_often_as_there_are_of_them(use):
+    model = random_parameters(Placed(REPEATED[use]).double())
+    engine = PerSampleGradients(model)
+    with pytest.raises(PrivacyError, match="coupled"):
+        engine.backward(square_losses(model, randn(3, 3, 6)))
+    engine.detach()
+    # an earlier batch has told
+    engine = PerSampleGradients(model)
+    engine.backward(square_losses(model, randn(3, 5, 6)))
+    found = engine.backward(square_losses(model, randn(3, 3, 6))).materialize()
+    engine.detach()
+    rows = [
+        torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)]
+        )
+        for loss in square_losses(model, randn(3, 3, 6))
+    ]
+    torch.testing.assert_close(found, torch.stack(rows))
+
+
+class Of(nn.Module):
+    """Looks up one id for each sample, read from the sample."""
+
+    def __init__(self, use, **layers) -> None:
+        super().__init__()
+        self.table, self.layers, self.use = nn.Embedding(9, 6), nn.ModuleDict(layers), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x[:, 0, 0].abs() * 10).long() % 9
+        return self.use(self.layers, x, self.table(ids))
+
+
+@pytest.mark.parametrize("tokens", [3, 5])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda layers, _, row: layers["linear"](row),
+        lambda layers, x, row: layers["linear"](torch.tanh(x.sum(dim=1) + row)),
+        lambda layers, x, row: layers["linear"](torch.tanh(x + row[:, None])),
+        lambda layers, x, row: layers["recurrent"](x, row.unsqueeze(0))[0],
+        lambda layers, x, row: layers["deep"](x, row.unsqueeze(0).expand(3, -1, -1).contiguous())[0],
+        lambda layers, x, row: torch.cat([x, row.unsqueeze(1)], dim=1) @ layers["linear"](row)[:, :, None],
+    ],
+    ids=["projected", "added", "added to all positions", "state", "state of each layer", "joined"],
+)
+def test_one_id_for_each_sample(use, tokens):
+    layers = {
+        "linear": nn.Linear(6, 6),
+        "recurrent": nn.GRU(6, 6, batch_first=True),
+        "deep": nn.GRU(6, 6, 3, batch_first=True),
+    }
+    assert_exact(random_parameters(Of(use, **layers).double()), randn(3, tokens, 6))
+
+
+@pytest.mark.parametrize("has_positions", [True, False])
+def test_compiled(has_positions):
+    torch._dynamo.reset()
+    use = lambda layers, x, row: layers["linear"](torch.tanh(x.sum(dim=1) + row))  # noqa: E731
+    model = Placed(USES["added"]) if has_positions else Of(use, linear=nn.Linear(6, 6))
+    assert_exact(
+        random_parameters(model.double()),
+        randn(3, 5, 6),
+        wrap=lambda model: torch.compile(model, backend="aot_eager"),
+    )
+    torch._dynamo.reset()
