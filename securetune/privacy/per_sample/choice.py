@@ -98,7 +98,7 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
             covered.append(name)
             continue
         is_whole = (
-            _is_adapter_with_parameters(module) or _convolves_itself(module) or _uses_containers(module)
+            _is_adapter_with_parameters(module) or _takes_weights(name, module) or _uses_containers(module)
         )
         if not is_whole and _all_owned_below(module):
             continue
@@ -161,24 +161,37 @@ def _is_adapter_with_parameters(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer) and any(p.requires_grad for p in module.parameters())
 
 
-def _convolves_itself(module: nn.Module) -> bool:
-    """Whether a module takes the weight of a convolution in it, as Mamba's and LFM2's causal ones do.
+def _takes_weights(name: str, module: nn.Module) -> bool:
+    """Whether a module hands the weight of a layer in it on, so that the layer's own forward does not run.
 
-    They give it to a kernel, so that the convolution's own forward does not run. Only its source tells; where
-    it does not, the weight gets an ordinary gradient, which the engine refuses.
+    Mamba's and LFM2's causal convolutions go to a kernel, WavLM's projections to torch's attention. Only the
+    source tells; where it does not, the weight gets an ordinary gradient, which the engine refuses.
     """
-    convolutions = [
-        name
-        for name, child in module.named_children()
-        if isinstance(child, nn.Conv1d) and any(p.requires_grad for p in child.parameters())
+    from transformers import PreTrainedModel
+
+    if not name or isinstance(module, PreTrainedModel):
+        return False
+    taken = [
+        key
+        for key, child in module.named_children()
+        if isinstance(child, nn.Conv1d | nn.Linear) and any(p.requires_grad for p in child.parameters())
     ]
-    return any(re.search(rf"self\.{name}\.weight\.\w+\(", _source(type(module))) for name in convolutions)
+    if not taken:
+        return False
+    uses = rf"self\.({'|'.join(map(re.escape, taken))})\.(weight|bias)(\.\w+\(|[,)])"
+    lines = _source(type(module)).splitlines()
+    return any(re.search(uses, line) and not re.search(r"isinstance\(|init", line) for line in lines)
 
 
 def _uses_containers(module: nn.Module) -> bool:
-    """Whether a module has lists or dictionaries of trainable parameters, which have no forward to watch."""
+    """Whether a module has lists or dictionaries of trainable parameters, which have no forward to watch.
+
+    A peft tuner has some only for its layers (VB-LoRA), and is not called itself.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
     containers = (nn.ParameterList, nn.ParameterDict)
-    return any(
+    return not isinstance(module, BaseTuner) and any(
         isinstance(child, containers) and any(p.requires_grad for p in child.parameters())
         for child in module.children()
     )

@@ -7,6 +7,7 @@ over the batch.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.draws import Draws
 from securetune.privacy.per_sample.gradients import TrainableParameter
+from securetune.privacy.per_sample.model_layers import (
+    CACHES,
+    checkpointing_of,
+    is_unused_cache,
+    without_checkpointing,
+)
 from securetune.privacy.per_sample.paths import Path, recorded, recorded_all, trains_now
 
 if TYPE_CHECKING:
@@ -54,6 +61,18 @@ class FunctionalPath(Path):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module; tensors with one row per sample are split, all other arguments are shared."""
+        checkpoint = checkpointing_of(self.module)
+        if checkpoint is None:
+            return self._run(*args, **kwargs)
+        # around this path, where its parameters are the same when the module runs again
+        return checkpoint(
+            partial(self._run, **kwargs | {key: None for key in CACHES if key in kwargs}), *args
+        )
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # reentrant checkpointing does so at first
+            with without_checkpointing(self.module):
+                return self._original(*args, **kwargs)
         named = self._named()
         unknown = [key for key, parameter in named.items() if self.engine.place_of(parameter) is None]
         if unknown:
@@ -65,7 +84,7 @@ class FunctionalPath(Path):
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         others = [
-            None if isinstance(leaf, Tensor) or _is_unused_cache(leaf, self.module) else leaf
+            None if isinstance(leaf, Tensor) or is_unused_cache(leaf, self.module) else leaf
             for leaf in leaves
         ]
         is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
@@ -78,7 +97,8 @@ class FunctionalPath(Path):
         opaque = [leaf for leaf in outputs if not isinstance(leaf, Tensor | bool | int | float | str | None)]
         if not watched or opaque:  # a gradient could pass through what can't be seen into
             kind = type(opaque[0] if opaque else y).__name__
-            raise self._not_splittable(f"it returns a {kind}, not tensors that could be watched")
+            hint = "; call the model with use_cache=False" if kind.endswith("Cache") else ""
+            raise self._not_splittable(f"it returns a {kind}, not tensors that could be watched{hint}")
         device = outputs[watched[0]].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -260,7 +280,8 @@ class FunctionalPath(Path):
     def _functional(self, parameters: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         """Run the module's own forward without its hooks, which already run around this path."""
         replaced = {f"module.{name}": parameter for name, parameter in parameters.items()}
-        return functional_call(_Bare(self.module, self._forward), replaced, args, kwargs)
+        with without_checkpointing(self.module):
+            return functional_call(_Bare(self.module, self._forward), replaced, args, kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._original(*args, **kwargs)
@@ -403,21 +424,6 @@ def _random_states() -> list[Tensor]:
 
 def _is_differentiable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
-def _is_unused_cache(leaf: Any, module: Any) -> bool:
-    """Whether an argument is a cache of transformers that a layer only fills: it runs again without one."""
-    from transformers.cache_utils import Cache, EncoderDecoderCache
-
-    if not isinstance(leaf, Cache):
-        return False
-    if isinstance(leaf, EncoderDecoderCache):
-        both = (leaf.self_attention_cache, leaf.cross_attention_cache)
-        return all(_is_unused_cache(part, module) for part in both)
-    index = getattr(module, "layer_idx", None)
-    own: Any = leaf.layers if index is None else leaf.layers[index : index + 1]
-    states = [state for layer in own for state in getattr(layer, "has_previous_state", {}).values()]
-    return not any(states) and not any(getattr(layer, "is_initialized", False) for layer in own)
 
 
 def _random_layer(path: FunctionalPath) -> PrivacyError:

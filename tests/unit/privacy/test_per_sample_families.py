@@ -26,6 +26,12 @@ _VISION = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
     "image_size": 8, "patch_size": 4,
 }  # fmt: skip
+_SPEECH = {
+    "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 24, "conv_dim": [8, 8], "conv_stride": [4, 2], "conv_kernel": [8, 4],
+    "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+    "apply_spec_augment": False, "pad_token_id": 0,
+}  # fmt: skip
 _FALCON = {
     "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
     "bos_token_id": 0, "eos_token_id": 1,
@@ -287,6 +293,29 @@ class TestPositionTableThatIsIndexed:
         assert_exact(random_parameters(nn.Sequential(Largest(3, 6), nn.Linear(6, 3)).double()), x)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+class TestLayerOfItsOwnParametersThatCheckpointsItself:
+    @staticmethod
+    def checkpointed(use_reentrant: bool):
+        def wrap(model):
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
+            )
+            return model
+
+        return wrap
+
+    def test_beit_scales_its_layers(self, use_reentrant):
+        model = build(transformers.AutoModelForImageClassification, transformers.BeitConfig(**_VISION))
+        assert_exact(model, images(), losses, wrap=self.checkpointed(use_reentrant))
+
+    def test_wav2vec2_owns_the_embedding_of_what_is_masked(self, use_reentrant):
+        x = torch.randn(3, 120, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        model = build(transformers.AutoModelForCTC, transformers.Wav2Vec2Config(**_SPEECH))
+        assert_exact(model, x, losses, wrap=self.checkpointed(use_reentrant))
+
+
 class TestModuleWithSeveralOutputs:
     @pytest.mark.parametrize("fills_a_cache", [True, False])
     def test_attention_sinks_of_gpt_oss(self, fills_a_cache):
@@ -308,12 +337,7 @@ class TestModuleWithSeveralOutputs:
 
 class TestOperationThatDoesNotVectorise:
     def test_samples_run_one_after_another(self, caplog):
-        config = transformers.Wav2Vec2Config(
-            vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-            intermediate_size=24, conv_dim=[8, 8], conv_stride=[4, 2], conv_kernel=[8, 4],
-            num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-            apply_spec_augment=False, pad_token_id=0,
-        )  # fmt: skip
+        config = transformers.Wav2Vec2Config(**_SPEECH)
 
         def masked_losses(model, x):
             y = model(input_values=x, attention_mask=(x != 0).long()).logits
@@ -402,6 +426,19 @@ class TestDisentangledAttention:
         values = losses(model, padded_ids()) + model.deberta.encoder.get_rel_embedding().square().sum()
         with pytest.raises(PrivacyError, match=r"saw|is used outside of disentangled attention"):
             engine.backward(values)
+
+
+class TestLayerWhoseWeightIsTakenByAnother:
+    @pytest.mark.parametrize("kept", ["", "bias"])
+    def test_head_of_mobilebert(self, kept):
+        config = transformers.MobileBertConfig(
+            **_BERT | {"num_hidden_layers": 1}, embedding_size=8, intra_bottleneck_size=16,
+            true_hidden_size=16,
+        )  # fmt: skip
+        model = build(transformers.AutoModelForMaskedLM, config)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(kept in name)
+        assert_exact(model, padded_ids(), losses)
 
 
 class TestConvolutionWhoseWeightGoesToAKernel:

@@ -175,6 +175,9 @@ def adapter_config(kind: str, family: str) -> peft.PeftConfig:
             **task, target_modules=target["some"], feedforward_modules=target["ffn"]
         ),
         "vera": lambda: peft.VeraConfig(r=3, target_modules=target["some"][:1]),
+        "vb-lora": lambda: peft.VBLoRAConfig(
+            r=2, num_vectors=8, vector_length=4, topk=2, target_modules=target["some"][:1]
+        ),
         "prompt tuning": lambda: peft.PromptTuningConfig(**task, num_virtual_tokens=4),
         "p-tuning": lambda: peft.PromptEncoderConfig(**task, num_virtual_tokens=4, encoder_hidden_size=8),
     }[kind]()
@@ -204,7 +207,7 @@ class TestAdapters:
     @pytest.mark.parametrize(
         "kind",
         ["lora", "rslora", "dora", "lora bias", "lora and all biases", "lora on embeddings",
-         "lora and saved modules", "ia3", "vera"],
+         "lora and saved modules", "ia3", "vera", "vb-lora"],
     )  # fmt: skip
     def test_layers(self, family, kind):
         engine = assert_exact(adapted(family, kind), some_ids(), next_token_losses)
