@@ -480,8 +480,10 @@ class PerSampleGradients:
         if found:
             for place in found:
                 place.parameter.grad = None
+            names = ", ".join(place.name for place in found[1:6])
+            others = f" The same holds for {names}{', ...' if len(found) > 6 else ''}." if names else ""
             raise PrivacyError(
                 f"{found[0].name} got an ordinary gradient {when}, which is neither clipped nor noised: it "
                 "is used outside of its module's forward, or another backward() ran. Freeze it "
-                "(requires_grad_(False)) or call its module; then start the step again."
+                f"(requires_grad_(False)) or call its module; then start the step again.{others}"
             )

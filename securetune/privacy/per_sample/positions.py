@@ -21,6 +21,7 @@ _BROADCAST = {
     "__mul__",
     "__rmul__",
 }
+_IN_PLACE = {"add_", "__iadd__"}
 _CASTS = {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous"}
 
 
@@ -35,6 +36,7 @@ class Positions(Tensor):
     rows: int
     of_each_sample: Callable[[], Tensor]
     uses: set[str]
+    version: int
 
     @classmethod
     def make(
@@ -53,22 +55,29 @@ class Positions(Tensor):
         """
         made = cast(Positions, ordinary.as_subclass(cls))
         made.ordinary, made.rows, made.of_each_sample, made.uses = ordinary, rows, of_each_sample, uses
+        made.version = ordinary._version
         return made
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation."""
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        own = next((value for value in args if isinstance(value, cls) and hasattr(value, "ordinary")), None)
+        own = next((value for value in args if isinstance(value, cls) and value._is_as_looked_up), None)
         if own is not None and args[0] is own:
             if name in _CASTS or _adds_first_dimension(name, args[1:]):
                 return own._follow(func, name, args[1:], kwargs)
             if own._is_repeated(name, args[1:]):
                 return own.of_each_sample()
-        if own is not None and name in _BROADCAST and any(own._meets(value) for value in args):
+        is_kept = name in _BROADCAST and not (name in _IN_PLACE and args[0] is own)
+        if own is not None and is_kept and any(own._meets(value) for value in args):
             args = [value.of_each_sample() if isinstance(value, cls) else value for value in args]
-        args, kwargs = tree_map(lambda value: getattr(value, "ordinary", value), (tuple(args), kwargs))
+        args, kwargs = tree_map(_ordinary, (tuple(args), kwargs))
         return func(*args, **kwargs)
+
+    @property
+    def _is_as_looked_up(self) -> bool:
+        """Whether no operation in place has changed it since."""
+        return "version" in self.__dict__ and self.version == self.ordinary._version
 
     def _follow(self, func: Any, name: str, args: Any, kwargs: Any) -> "Positions":
         each = self.of_each_sample
@@ -93,6 +102,10 @@ class Positions(Tensor):
         if self.ordinary.shape[-2] != self.rows:
             self.uses.add(name)
         return name in self.uses
+
+
+def _ordinary(value: Any) -> Any:
+    return value.ordinary if isinstance(value, Positions) and "ordinary" in value.__dict__ else value
 
 
 def _adds_first_dimension(name: str, args: Any) -> bool:

@@ -53,14 +53,13 @@ class RecurrentPath(FunctionalPath):
         layer = self.module
         if not (layer.training and layer.dropout):
             return []
-        is_packed = isinstance(x, PackedSequence)
-        data = x.data if is_packed else _swapped(x) if layer.batch_first else x
+        data = _swapped(x) if layer.batch_first and isinstance(x, Tensor) else x.data
         width = (1 + layer.bidirectional) * (getattr(layer, "proj_size", 0) or layer.hidden_size)
         ones = data.new_ones(*data.shape[:-1], width, requires_grad=False)
         masks = [functional.dropout(ones, layer.dropout) for _ in range(layer.num_layers - 1)]
-        if not is_packed:
-            return [_swapped(mask) for mask in masks]
-        return [pad_packed_sequence(x._replace(data=mask), batch_first=True)[0] for mask in masks]
+        if isinstance(x, PackedSequence):
+            return [pad_packed_sequence(x._replace(data=mask), batch_first=True)[0] for mask in masks]
+        return [_swapped(mask) for mask in masks]
 
     def _forward(self, x: Tensor, state: Any, masks: Sequence[Tensor], lengths: Tensor | None) -> Any:
         """Run the layer on ``[B, T, d]``; states, and those returned, are ``[B, N, h]``."""
@@ -131,8 +130,9 @@ def _swapped(state: Any) -> Any:
     return state.transpose(0, 1).contiguous()
 
 
-def _selected(state: Any, order: Tensor) -> Any:
+def _selected(state: Any, order: Tensor | None) -> Any:
     """Put the samples of ``[N, B, h]``, or of each one in a tuple, in another order."""
+    assert order is not None, "packed without sorting"
     if isinstance(state, tuple):
         return tuple(part.index_select(1, order) for part in state)
     return state.index_select(1, order)

@@ -80,6 +80,22 @@ def test_positions_repeated_as_often_as_there_are_of_them(use):
     torch.testing.assert_close(found, torch.stack(rows))
 
 
+def scale_in_place(x: Tensor, p: Tensor) -> Tensor:
+    p.mul_(2.0)
+    return x + p
+
+
+@pytest.mark.parametrize("use", [scale_in_place, lambda x, p: x + torch.sin(p)], ids=["in place", "sine"])
+def test_positions_that_changed_first_are_refused(use):
+    model = random_parameters(Placed(use).double())
+    with torch.no_grad():
+        expected = model(randn(3, 6, 6))
+    engine = PerSampleGradients(model)
+    torch.testing.assert_close(model(randn(3, 6, 6)), expected)
+    with pytest.raises(PrivacyError, match="coupled"):
+        engine.backward(square_losses(model, randn(3, 6, 6)))
+
+
 class Of(nn.Module):
     """Looks up one id for each sample, read from the sample."""
 
