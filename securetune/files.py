@@ -174,6 +174,10 @@ def parse_json(content: bytes, name: str) -> Any:
         ) from error
     except RecursionError as error:
         raise DataError(f"{name} is nested too deeply to be read safely.") from error
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{name} holds a whole number of more digits than are accepted.") from error
 
 
 def canonical_json(value: Any) -> bytes:

@@ -98,6 +98,7 @@ def test_append_durable_refuses_line_breaks(tmp_path, line):
         (b'{"a": NaN}', "NaN; only finite"),
         (b"[-Infinity]", "-Infinity; only finite"),
         (b"[1e999]", "too large"),
+        (b"[" + b"9" * 5000 + b"]", "whole number of more digits"),
         (b'{"a": ', "not valid JSON: Expecting value"),
         (b'"\xff"', "not valid UTF-8: byte 1"),
         (b"[" * 100_000, "nested too deeply"),
