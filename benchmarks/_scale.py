@@ -1,9 +1,10 @@
 """What a distributed step computes, moves and waits for, and from that a prediction of its time.
 
-The number of collectives and their bytes are exact for DDP and FSDP2: a test counts them in real runs. Those
-of ZeRO are what ``securetune.privacy.distributed`` and DeepSpeed do by design, without a count. Times are
-predictions: every operation and byte at the rate of a data sheet, corrected by published measurements where
-the text says so.
+The number of collectives and their bytes are exact for steps without an attack: a test counts them in real
+runs. Except how many calls ZeRO-3 gathers weights with: DeepSpeed fetches ahead in buckets of its own, and here
+each unit counts as one. What a model of more than 5e8 weights frees between its passes is by DeepSpeed's
+design, without a count. Times are predictions: every operation and byte at the rate of a data sheet, corrected
+by published measurements where the text says so.
 
 ``given`` is what one process hands to a collective, padding included; a ring then sends ``ring_share`` of it.
 """
@@ -13,8 +14,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
+
+from securetune.privacy.distributed.collectives import sums_part_by_part
 
 from ._workers import ring_share
 
@@ -23,14 +27,18 @@ STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 _SUM_BYTES = 4  # clipped sums are float32
 _RANGE = 1 << 26  # entries that DataParallel and ZeRO-1 reduce at a time
 _BUCKET_BYTES = 25 << 20  # of DistributedDataParallel
+_FLAT_ALIGNMENT = 2  # entries of a process that DeepSpeed's flat vectors are padded to
+_PERSISTENT = 100_000  # entries up to which ZeRO-3 keeps a parameter gathered (stage3_param_persistence_threshold)
+_REUSED = 10**9  # entries within which it keeps what is used again (stage3_max_reuse_distance)
 _UPDATE_BYTES = 28  # AdamW for each entry: gradient, parameter and two moments read, the last three written
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
 
 class Parameter(NamedTuple):
-    """A parameter of ``rows`` times ``width`` entries."""
+    """A parameter of ``rows`` times ``width`` entries; ``place`` is its number in the model."""
 
     name: str
+    place: int
     rows: int
     width: int
     item_bytes: int
@@ -72,8 +80,9 @@ class Shape(NamedTuple):
 
     @property
     def trainable(self) -> list[Parameter]:
-        """What is trained, in canonical order of the blocks."""
-        return [parameter for parameter in self.parameters if parameter.trainable]
+        """What is trained, in canonical order."""
+        trained = [parameter for parameter in self.parameters if parameter.trainable]
+        return sorted(trained, key=lambda parameter: parameter.place)
 
     def flops(self, *, private: bool) -> float:
         """Return the FLOPs of a sample."""
@@ -92,10 +101,10 @@ def shape_of(model: Any, name: str, tokens: int) -> Shape:
     blocks = blocks_of(model)
     block_of = {id(p): number for number, block in enumerate(blocks) for p in block.parameters()}
     units: list[list[Parameter]] = [[] for _ in range(len(blocks) + 1)]
-    for key, p in model.named_parameters():
+    for place, (key, p) in enumerate(model.named_parameters()):
         width = math.prod(p.shape[1:])
         units[block_of.get(id(p), -1)].append(
-            Parameter(key, p.shape[0], width, p.element_size(), p.requires_grad)
+            Parameter(key, place, p.shape[0], width, p.element_size(), p.requires_grad)
         )
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     products = sum(2.0 * tokens * layer.weight.numel() for layer in linear)
@@ -128,6 +137,7 @@ class Call(NamedTuple):
         times: How many; an expectation where the number of micro-batches is one.
         is_side: Whether it runs over gloo between CPUs, for counts and agreement.
         hides: Whether it can run beside the computation.
+        in_buckets: Whether it may really be several, or one with others, of as many bytes in all.
     """
 
     kind: str
@@ -135,6 +145,7 @@ class Call(NamedTuple):
     times: float
     is_side: bool = False
     hides: bool = False
+    in_buckets: bool = False
 
     def sent(self, size: int) -> float:
         """Bytes that a process sends on a ring, for all of them."""
@@ -181,16 +192,56 @@ def calls_of(
 def _private_sums(strategy: Strategy, shape: Shape, size: int, micro_batches: float) -> Iterator[Call]:
     """Float32 sums: once for each step over whole vectors, or for each micro-batch and block into shards."""
     total = sum(parameter.entries for parameter in shape.trainable)
-    if strategy in ("ddp", "zero1"):
+    if strategy == "ddp":
         for start in range(0, total, _RANGE):
             share = -(-min(_RANGE, total - start) // size)
             yield Call("reduce_scatter", _SUM_BYTES * size * share, 1)
-            if strategy == "ddp":  # the released gradient
-                yield Call("all_gather", _SUM_BYTES * share, 1)
-        return
-    for _, block in groupby(shape.trainable, key=lambda parameter: _block_of(parameter.name)):
-        longest = sum(parameter.shard(size) for parameter in block)
-        yield Call("reduce_scatter", _SUM_BYTES * size * longest, micro_batches)
+            yield Call("all_gather", _SUM_BYTES * share, 1)  # the released gradient
+    elif strategy == "zero1":
+        for start in range(0, total, _RANGE):
+            yield from _sum_of(_owned(start, min(start + _RANGE, total), total, size), 1)
+    else:
+        start = 0
+        for _, members in groupby(shape.trainable, key=lambda parameter: _block_of(parameter.name)):
+            block = list(members)
+            stop = start + sum(parameter.entries for parameter in block)
+            if strategy == "zero2":
+                sizes = _owned(start, stop, total, size)
+            else:
+                is_flat = strategy == "zero3"
+                sizes = _cut(tuple((p.entries, 1) if is_flat else (p.rows, p.width) for p in block), size)
+            yield from _sum_of(sizes, micro_batches)
+            start = stop
+
+
+def _flat_share(total: int, size: int) -> int:
+    """Entries of a process in DeepSpeed's flat vector."""
+    return -(-total // (_FLAT_ALIGNMENT * size)) * _FLAT_ALIGNMENT
+
+
+def _owned(start: int, stop: int, total: int, size: int) -> list[int]:
+    """Count the entries of a range of the flat vector that each process owns."""
+    share = _flat_share(total, size)
+    return [max(0, min(stop, (rank + 1) * share) - max(start, rank * share)) for rank in range(size)]
+
+
+@cache
+def _cut(parameters: tuple[tuple[int, int], ...], size: int) -> list[int]:
+    """Count the entries that each process gets of parameters of so many rows, of so many entries each."""
+    shares = [(-(-rows // size), rows, width) for rows, width in parameters]
+    return [
+        sum((min((rank + 1) * share, rows) - min(rank * share, rows)) * width for share, rows, width in shares)
+        for rank in range(size)
+    ]
+
+
+def _sum_of(sizes: Sequence[int], times: float) -> Iterator[Call]:
+    """Add up what processes own in parts of these lengths."""
+    if sums_part_by_part(sizes):
+        for length, parts in groupby(sorted(filter(None, sizes))):
+            yield Call("reduce", _SUM_BYTES * length, times * len(list(parts)))
+    else:
+        yield Call("reduce_scatter", _SUM_BYTES * len(sizes) * max(sizes), times)
 
 
 def _ordinary_sums(strategy: Strategy, shape: Shape, size: int, micro_batches: float) -> Iterator[Call]:
@@ -210,19 +261,50 @@ def _ordinary_sums(strategy: Strategy, shape: Shape, size: int, micro_batches: f
 
 def _parameter_calls(strategy: Strategy, shape: Shape, size: int, micro_batches: float) -> Iterator[Call]:
     """Gathers of parameters: for each pass where they are sharded, or once after a sharded update."""
-    if strategy in ("fsdp2", "zero3"):
+    if strategy == "fsdp2":
         *blocks, others = shape.units
         for unit in blocks:
             yield Call("all_gather", _gathered(unit, size), 2 * micro_batches, hides=True)
-        if others:  # kept from the forward to the backward pass, and gathered again to train the embedding
-            passes = 2 if any(parameter.trainable for parameter in others) else 1
-            yield Call("all_gather", _gathered(others, size), passes * micro_batches, hides=True)
+        if others:  # kept from the forward to the backward pass
+            yield Call("all_gather", _gathered(others, size), micro_batches, hides=True)
+    elif strategy == "zero3":
+        yield from _zero3_gathers(shape, size, micro_batches)
     elif strategy in ("zero1", "zero2"):
-        share = math.ceil(sum(p.entries * p.item_bytes for p in shape.trainable) / size)
-        yield Call("all_gather", share, 1)
+        item_bytes = shape.trainable[0].item_bytes
+        share = _flat_share(sum(parameter.entries for parameter in shape.trainable), size)
+        yield Call("all_reduce", _SUM_BYTES, 1)  # DeepSpeed's norm of the gradient
+        yield Call("all_gather", item_bytes * share, 1)
+
+
+def _zero3_gathers(shape: Shape, size: int, micro_batches: float) -> Iterator[Call]:
+    """Small parameters once a step, after the update; large ones wherever DeepSpeed finds them freed.
+
+    It frees what is not used again within so many entries. A model that is smaller stays gathered until the
+    update; of a larger one, what is last in the forward pass stays until the backward pass.
+    """
+    yield Call("all_reduce", 2 * _SUM_BYTES, 1)  # the norm, in float64
+    for parameter in shape.parameters:
+        if parameter.entries <= _PERSISTENT:
+            yield Call("all_gather", _flat_shard_bytes(parameter, size), 1, in_buckets=True)
+    *blocks, others = shape.units
+    left = total = sum(parameter.entries for parameter in shape.parameters)
+    for unit in [others, *blocks]:
+        given = sum(_flat_shard_bytes(p, size) for p in unit if p.entries > _PERSISTENT)
+        is_freed = 2 * left >= _REUSED
+        if unit is others and not any(parameter.trainable for parameter in others):
+            is_freed = False  # no gradient reaches the embedding
+        times = 1 if total < _REUSED else (2 if is_freed else 1) * micro_batches
+        if given:
+            yield Call("all_gather", given, times, hides=True, in_buckets=True)
+        left -= sum(parameter.entries for parameter in unit)
+
+
+def _flat_shard_bytes(parameter: Parameter, size: int) -> float:
+    return -(-parameter.entries // size) * parameter.item_bytes
 
 
 def _gathered(unit: Sequence[Parameter], size: int) -> float:
+    """Bytes of the largest shard, by rows."""
     return float(sum(parameter.shard(size) * parameter.item_bytes for parameter in unit))
 
 

@@ -10,7 +10,10 @@ from tests.distributed.trainer_worker import train
 from tests.unit.training.tiny_head import make_examples
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-KINDS = ("adversarial", "few", "adaptive", "per_layer", "full", "gpt2", "qwen3", "mixtral")
+KINDS = (
+    *("adversarial", "plain", "few", "adaptive", "per_layer", "users"),
+    *("full", "plainfull", "gpt2", "qwen3", "mixtral"),
+)
 # what changes memory and time, not the result: each with the kind that it must agree with
 SAVINGS = {
     "checkpointed": "full",

@@ -23,6 +23,7 @@ from securetune.privacy.noise import KEY_BYTES, SecretKey
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 _LENGTH_BYTES = 8
 _HEAD_BYTES = 1024  # what is shared is rarely longer, and is sent at once with its length
+_WORTH_A_CALL = 1 << 18  # entries that are sent in about the time that another collective takes to start
 
 
 class Processes:
@@ -97,7 +98,7 @@ class Processes:
             dist.reduce_scatter_tensor(out, whole, group=self._group)
             return out
         longest = max(sizes)
-        if self.size * longest >= 2 * len(whole):  # padding would move twice as much, or more
+        if sums_part_by_part(sizes):
             parts = whole.split(list(sizes))
             for rank, part in enumerate(parts):
                 if len(part):
@@ -255,6 +256,19 @@ class Processes:
 
     def _count(self, kind: str, tensor: Tensor) -> None:
         self.sent[kind] = self.sent.get(kind, 0) + tensor.numel() * tensor.element_size()
+
+
+def sums_part_by_part(sizes: Sequence[int]) -> bool:
+    """Say whether parts of these lengths are added up one by one, since padding them would take longer.
+
+    Args:
+        sizes: Length of each process' part; equal ones need no padding.
+
+    Returns:
+        Whether they are; else all parts are padded to the longest and added up at once.
+    """
+    padding = len(sizes) * max(sizes) - sum(sizes)
+    return padding > 0 and padding >= (sum(size > 0 for size in sizes) - 1) * _WORTH_A_CALL
 
 
 def _missing_ranks(message: str) -> str:
