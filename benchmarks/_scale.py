@@ -28,7 +28,9 @@ _SUM_BYTES = 4  # clipped sums are float32
 _RANGE = 1 << 26  # entries that DataParallel and ZeRO-1 reduce at a time
 _BUCKET_BYTES = 25 << 20  # of DistributedDataParallel
 _FLAT_ALIGNMENT = 2  # entries of a process that DeepSpeed's flat vectors are padded to
-_PERSISTENT = 100_000  # entries up to which ZeRO-3 keeps a parameter gathered (stage3_param_persistence_threshold)
+_PERSISTENT = (
+    100_000  # entries up to which ZeRO-3 keeps a parameter gathered (stage3_param_persistence_threshold)
+)
 _REUSED = 10**9  # entries within which it keeps what is used again (stage3_max_reuse_distance)
 _UPDATE_BYTES = 28  # AdamW for each entry: gradient, parameter and two moments read, the last three written
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
@@ -230,7 +232,9 @@ def _cut(parameters: tuple[tuple[int, int], ...], size: int) -> list[int]:
     """Count the entries that each process gets of parameters of so many rows, of so many entries each."""
     shares = [(-(-rows // size), rows, width) for rows, width in parameters]
     return [
-        sum((min((rank + 1) * share, rows) - min(rank * share, rows)) * width for share, rows, width in shares)
+        sum(
+            (min((rank + 1) * share, rows) - min(rank * share, rows)) * width for share, rows, width in shares
+        )
         for rank in range(size)
     ]
 

@@ -42,7 +42,9 @@ def make_model(kind: str) -> Any:
     if kind == "lora":
         return make_head(dtype=torch.float32)
     is_wide = kind in ("wide", "freed")  # so that ZeRO-3 does not keep all of it gathered
-    model = random_parameters(tiny_llama(tie_word_embeddings=False, intermediate_size=3200 if is_wide else 64))
+    model = random_parameters(
+        tiny_llama(tie_word_embeddings=False, intermediate_size=3200 if is_wide else 64)
+    )
     model.lm_head.requires_grad_(False)
     return make_head(model=model)
 

@@ -52,7 +52,11 @@ LAYERS = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
-UNATTACKED = ("plain", "plainfull", "users")  # without an attack a micro-batch is one forward pass, which ZeRO-3 foresees
+UNATTACKED = (
+    "plain",
+    "plainfull",
+    "users",
+)  # without an attack a micro-batch is one forward pass, which ZeRO-3 foresees
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 FAMILIES = {
     "gpt2": lambda: transformers.GPT2Config(
