@@ -1,10 +1,10 @@
 """What a distributed step computes, moves and waits for, and from that a prediction of its time.
 
 The number of collectives and their bytes are exact for steps without an attack: a test counts them in real
-runs. Except how many calls ZeRO-3 gathers weights with: DeepSpeed fetches ahead in buckets of its own, and here
-each unit counts as one. What a model of more than 5e8 weights frees between its passes is by DeepSpeed's
-design, without a count. Times are predictions: every operation and byte at the rate of a data sheet, corrected
-by published measurements where the text says so.
+runs. Except how many calls ZeRO-3 gathers weights with: DeepSpeed fetches ahead in buckets of its own, and
+here each unit counts as one. What it frees of a model of more than 1e9 weights follows from its settings,
+without a count. Times are predictions: every operation and byte at the rate of a data sheet, corrected by
+published measurements where the text says so.
 
 ``given`` is what one process hands to a collective, padding included; a ring then sends ``ring_share`` of it.
 """

@@ -14,9 +14,9 @@ from benchmarks import scale_tables
 from benchmarks._clusters import DGX_H100
 from benchmarks._harness import OutputsDiffer
 from benchmarks._scale import Call, calls_of, expected_padding, predict, seconds_of, shape_of
+from benchmarks._scale import Strategy as EngineName
 from benchmarks._workers import CountCollectives, run_workers
 from benchmarks.bench_dp_lora_step import ledger_header
-from benchmarks._scale import Strategy as EngineName
 from benchmarks.bench_scale import large_shapes, same_calls
 from securetune.data.collate import length_buckets
 from securetune.privacy.clipping import FlatClipping
@@ -26,6 +26,7 @@ from securetune.privacy.sampling import PoissonSampler
 from securetune.privacy.step import PrivateStep
 from securetune.training.loop import Trainer, share_of
 from securetune.training.strategy import Strategy
+from tests.distributed.launching import group_of_one
 from tests.per_sample_oracle import random_parameters
 from tests.tiny import tiny_llama
 from tests.unit.training.tiny_head import make_examples, make_head
@@ -112,7 +113,11 @@ CASES: list[tuple[EngineName, str]] = [
 @pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_formulae_are_what_real_runs_do(size, monkeypatch):
     cases = [case for case in CASES if size > 1 or not case[0].startswith("zero")]
-    outcomes = run_workers(count_steps, size, CPU, cases)[0]
+    if size == 1:
+        with group_of_one():
+            outcomes = count_steps(cases)
+    else:
+        outcomes = run_workers(count_steps, size, CPU, cases)[0]
     for (engine, kind), outcome in zip(cases, outcomes, strict=True):
         shape = shape_of(make_model(kind).model, kind, tokens=8)
         if kind == "freed":

@@ -52,11 +52,7 @@ LAYERS = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
-UNATTACKED = (
-    "plain",
-    "plainfull",
-    "users",
-)  # without an attack a micro-batch is one forward pass, which ZeRO-3 foresees
+UNATTACKED = ("plain", "users")  # a micro-batch is then one forward pass, which ZeRO-3 foresees
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 FAMILIES = {
     "gpt2": lambda: transformers.GPT2Config(
@@ -76,7 +72,7 @@ def make_clipping(kind: str) -> Clipping:
 
 def make_whole(kind: str) -> nn.Module | None:
     """Make a model that is trained in full, with a tied output layer; None for adapters on the usual one."""
-    if kind in ("full", "plainfull", "checkpointed", "twice", "offloaded"):
+    if kind in ("full", "users", "checkpointed", "twice", "offloaded"):
         return tiny_llama()
     if kind not in FAMILIES:
         return None

@@ -26,7 +26,9 @@ _LENGTH_BYTES = 8
 _HEAD_BYTES = 1024  # what is shared is rarely longer, and is sent at once with its length
 _BUSY = (1 << 8 * _LENGTH_BYTES) - 1  # as a length: the first process is still at work
 _BEATS = 4  # signs of life within the longest wait
-_WORTH_A_CALL = 1 << 18  # entries that are sent in about the time that another collective takes to start
+# Padding costs bytes, and each further collective a message from process to process, all around the ring.
+_WORTH_A_MESSAGE = 1 << 16  # entries that are sent in the time of a message
+_MOST_PADDED = 1 << 26  # entries of what is padded to more than twice its length: 256 MiB of float32
 
 
 class Processes:
@@ -300,8 +302,13 @@ def sums_part_by_part(sizes: Sequence[int]) -> bool:
     Returns:
         Whether they are; else all parts are padded to the longest and added up at once.
     """
-    padding = len(sizes) * max(sizes) - sum(sizes)
-    return padding > 0 and padding >= (sum(size > 0 for size in sizes) - 1) * _WORTH_A_CALL
+    whole, padded = sum(sizes), len(sizes) * max(sizes)
+    further_calls = sum(size > 0 for size in sizes) - 1
+    if padded == whole:
+        return False
+    if padded > max(2 * whole, _MOST_PADDED):
+        return True
+    return padded - whole >= further_calls * len(sizes) * _WORTH_A_MESSAGE
 
 
 def _missing_ranks(message: str) -> str:
