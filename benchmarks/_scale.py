@@ -16,10 +16,11 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from securetune.privacy.distributed.collectives import sums_part_by_part
 
+from ._shapes import Parameter, Shape
 from ._workers import ring_share
 
 Strategy = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
@@ -36,100 +37,6 @@ _UPDATE_BYTES = 28  # AdamW for each entry: gradient, parameter and two moments 
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
 
-class Parameter(NamedTuple):
-    """A parameter of ``rows`` times ``width`` entries; ``place`` is its number in the model."""
-
-    name: str
-    place: int
-    rows: int
-    width: int
-    item_bytes: int
-    trainable: bool
-
-    @property
-    def entries(self) -> int:
-        """How many numbers it holds."""
-        return self.rows * self.width
-
-    def shard(self, size: int) -> int:
-        """Entries of the largest part where rows are split over ``size`` processes."""
-        return -(-self.rows // size) * self.width
-
-
-class Shape(NamedTuple):
-    """A model and the length of its samples.
-
-    Attributes:
-        name: For tables.
-        units: Parameters that FSDP2 gathers together: each block's, then all others.
-        forward: FLOPs of a sample's forward pass.
-        backward: FLOPs of the gradients of its activations.
-        weights: FLOPs of the gradients of what is trained, the same for a clipped sum.
-        norms: FLOPs that only clipping needs, by the cheaper of the kernels' two ways.
-    """
-
-    name: str
-    units: tuple[tuple[Parameter, ...], ...]
-    forward: float
-    backward: float
-    weights: float
-    norms: float
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        """All parameters, frozen or not."""
-        return [parameter for unit in self.units for parameter in unit]
-
-    @property
-    def trainable(self) -> list[Parameter]:
-        """What is trained, in canonical order."""
-        trained = [parameter for parameter in self.parameters if parameter.trainable]
-        return sorted(trained, key=lambda parameter: parameter.place)
-
-    def flops(self, *, private: bool) -> float:
-        """Return the FLOPs of a sample."""
-        return self.forward + self.backward + self.weights + (self.norms if private else 0.0)
-
-
-def shape_of(model: Any, name: str, tokens: int) -> Shape:
-    """Read sizes and FLOPs from a Llama-shaped model, which may be on the meta device.
-
-    Attention counts whole squares, as a kernel without causal skipping computes them.
-    """
-    from torch import nn
-
-    from securetune.training.strategy import blocks_of
-
-    blocks = blocks_of(model)
-    block_of = {id(p): number for number, block in enumerate(blocks) for p in block.parameters()}
-    units: list[list[Parameter]] = [[] for _ in range(len(blocks) + 1)]
-    for place, (key, p) in enumerate(model.named_parameters()):
-        width = math.prod(p.shape[1:])
-        units[block_of.get(id(p), -1)].append(
-            Parameter(key, place, p.shape[0], width, p.element_size(), p.requires_grad)
-        )
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    products = sum(2.0 * tokens * layer.weight.numel() for layer in linear)
-    trained = [layer for layer in linear if layer.weight.requires_grad]
-    config = model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4.0 * tokens**2 * head * config.num_attention_heads * config.num_hidden_layers
-    is_lora = any(".lora_" in parameter.name for unit in units for parameter in unit)
-    norms = 0.0
-    if not is_lora:  # of adapters every sample's gradient is written down, and its norm read from there
-        for layer in trained:
-            outputs, inputs = layer.weight.shape
-            norms += min(2.0 * tokens * inputs * outputs, float(tokens**2 * (inputs + outputs)))
-    return Shape(
-        name,
-        tuple(tuple(unit) for unit in units),
-        forward=products + attention,
-        backward=products + 2 * attention,
-        weights=sum(2.0 * tokens * layer.weight.numel() for layer in trained),
-        norms=norms,
-    )
-
-
 class Call(NamedTuple):
     """Equal collectives of one step.
 
@@ -140,6 +47,7 @@ class Call(NamedTuple):
         is_side: Whether it runs over gloo between CPUs, for counts and agreement.
         hides: Whether it can run beside the computation.
         in_buckets: Whether it may really be several, or one with others, of as many bytes in all.
+        copied: Bytes that are copied besides in each: into what is sent, and out of what arrives.
     """
 
     kind: str
@@ -148,6 +56,7 @@ class Call(NamedTuple):
     is_side: bool = False
     hides: bool = False
     in_buckets: bool = False
+    copied: float = 0.0
 
     def sent(self, size: int) -> float:
         """Bytes that a process sends on a ring, for all of them."""
@@ -266,11 +175,13 @@ def _ordinary_sums(strategy: Strategy, shape: Shape, size: int, micro_batches: f
 def _parameter_calls(strategy: Strategy, shape: Shape, size: int, micro_batches: float) -> Iterator[Call]:
     """Gathers of parameters: for each pass where they are sharded, or once after a sharded update."""
     if strategy == "fsdp2":
-        *blocks, others = shape.units
-        for unit in blocks:
-            yield Call("all_gather", _gathered(unit, size), 2 * micro_batches, hides=True)
-        if others:  # kept from the forward to the backward pass
-            yield Call("all_gather", _gathered(others, size), micro_batches, hides=True)
+        for unit in shape.units:
+            # what is outside of the blocks is kept from the forward to the backward pass
+            passes = 1 if unit is shape.units[-1] else 2
+            given = _gathered(unit, size)
+            if given:
+                copied = given * (1 + size)
+                yield Call("all_gather", given, passes * micro_batches, hides=True, copied=copied)
     elif strategy == "zero3":
         yield from _zero3_gathers(shape, size, micro_batches)
     elif strategy in ("zero1", "zero2"):
@@ -299,7 +210,7 @@ def _zero3_gathers(shape: Shape, size: int, micro_batches: float) -> Iterator[Ca
             is_freed = False  # no gradient reaches the embedding
         times = 1 if total < _REUSED else (2 if is_freed else 1) * micro_batches
         if given:
-            yield Call("all_gather", given, times, hides=True, in_buckets=True)
+            yield Call("all_gather", given, times, hides=True, in_buckets=True, copied=given)
         left -= sum(parameter.entries for parameter in unit)
 
 
@@ -370,6 +281,11 @@ class Cluster(NamedTuple):
         side_hop: A message of gloo between two CPUs.
         side_barrier: What each further process adds to the barrier, which one process keeps.
         memory_bytes: Of a device.
+        copies: Bytes copied from one place of the memory to another, new one.
+        gather_link: As ``node_link``, for all-gathers, where they run at another rate.
+        hides: Whether collectives run beside the computation; not where both need the same cores.
+        fixed: Seconds of a step with nothing to compute or to move, where that was measured; it holds all
+            latencies.
     """
 
     name: str
@@ -386,6 +302,10 @@ class Cluster(NamedTuple):
     side_hop: float
     side_barrier: float
     memory_bytes: float = math.inf
+    copies: float = math.inf
+    gather_link: float | None = None
+    hides: bool = True
+    fixed: float = 0.0
 
 
 def seconds_of(call: Call, size: int, cluster: Cluster) -> float:
@@ -403,7 +323,10 @@ def seconds_of(call: Call, size: int, cluster: Cluster) -> float:
         inside = min(size, cluster.per_node) - 1
         depth = math.log2(nodes)
         latency = min(latency, 2 * (inside * cluster.tree_node_hop + depth * cluster.tree_network_hop))
-    rate = cluster.node_link if nodes == 1 else min(cluster.node_link, cluster.network)
+    link = cluster.node_link
+    if call.kind == "all_gather" and cluster.gather_link is not None:
+        link = cluster.gather_link
+    rate = link if nodes == 1 else min(link, cluster.network)
     return call.times * (cluster.start + latency) + call.sent(size) / rate
 
 
@@ -415,12 +338,16 @@ class Prediction(NamedTuple):
         update: Memory sweep of the optimizer.
         exposed: Collectives that no computation hides.
         side: Agreement between CPUs.
+        copies: Of gathered weights, between what is sent and what is used.
+        fixed: What was measured of a step that does nothing.
     """
 
     compute: float
     update: float
     exposed: float
     side: float
+    copies: float
+    fixed: float
 
     @property
     def total(self) -> float:
@@ -468,19 +395,20 @@ def predict(
     entries = sum(parameter.entries for parameter in shape.trainable)
     update = _UPDATE_BYTES * entries / (1 if strategy == "ddp" else size) / cluster.memory
     micro_batches = max(1.0, padding.micro_batches)
-    exposed = side = hidden = hidden_once = 0.0
+    exposed = side = copies = hidden = hidden_once = 0.0
     for call in calls_of(strategy, shape, size, micro_batches, private=private, in_recipe=in_recipe):
         seconds = seconds_of(call, size, cluster)
+        copies += call.times * call.copied / cluster.copies
         if call.is_side:
             side += seconds
-        elif not call.hides:
+        elif not (call.hides and cluster.hides):
             exposed += seconds
         elif call.times >= micro_batches:
             hidden += seconds
         else:
             hidden_once += seconds
     exposed += max(0.0, hidden - compute) + max(0.0, hidden_once - compute / micro_batches)
-    return Prediction(compute, update, exposed, side)
+    return Prediction(compute, update, exposed, side, copies, cluster.fixed)
 
 
 def state_bytes(strategy: Strategy, shape: Shape, size: int) -> float:

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import scale_tables
 from benchmarks._clusters import DGX_H100
 from benchmarks._harness import OutputsDiffer
-from benchmarks._scale import Call, calls_of, expected_padding, predict, seconds_of, shape_of
+from benchmarks._scale import Call, calls_of, expected_padding, predict, seconds_of
 from benchmarks._scale import Strategy as EngineName
+from benchmarks._shapes import shape_of
 from benchmarks._workers import CountCollectives, run_workers
 from benchmarks.bench_dp_lora_step import ledger_header
 from benchmarks.bench_scale import large_shapes, same_calls
