@@ -92,7 +92,7 @@ def _validated(context: Context) -> Iterator[Result]:
     strategies = [name for name in STRATEGIES if importlib.util.find_spec("deepspeed") or "zero" not in name]
     efficiency, lines = 1.0, [["processes", "strategy", "predicted", "measured", "measured / predicted"]]
     for size in MEASURED:
-        names = strategies if size > 1 else ["ddp"]
+        names: list[Strategy] = strategies if size > 1 else ["ddp"]
         outcomes = run_workers(_worker, size, context.device, names, case, narrow, context)
         for name in names:
             measured, fixed = (_slowest(outcomes, name, model) for model in ("case", "narrow"))

@@ -247,7 +247,7 @@ class Processes:
             return value
         text = json.dumps(value).encode() if self.rank == 0 else b""
         message = len(text).to_bytes(_LENGTH_BYTES, "big") + text
-        length = _BUSY
+        head, length = b"", _BUSY
         while length == _BUSY:
             head = self.share_secret(
                 message[:_HEAD_BYTES].ljust(_HEAD_BYTES) if self.rank == 0 else None, _HEAD_BYTES
