@@ -89,7 +89,9 @@ def _validated(context: Context) -> Iterator[Result]:
         case, config = Case("tiny Llama", 2, 16, 4, torch.float32, TINY), TINY
     narrow = Case("narrow Llama", 1, 4, 1, torch.float32, config | NARROW)
     shape = shape_of(adapted_model(case, context.device), case.label, case.tokens)
-    strategies = [name for name in STRATEGIES if importlib.util.find_spec("deepspeed") or "zero" not in name]
+    strategies: list[Strategy] = [
+        name for name in STRATEGIES if importlib.util.find_spec("deepspeed") or "zero" not in name
+    ]
     efficiency, lines = 1.0, [["processes", "strategy", "predicted", "measured", "measured / predicted"]]
     for size in MEASURED:
         names: list[Strategy] = strategies if size > 1 else ["ddp"]
