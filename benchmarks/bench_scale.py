@@ -306,7 +306,7 @@ def _time_steps(
     ids = torch.randint(0, case.config["vocab_size"], (case.batch, case.tokens), generator=generator)
     with tempfile.TemporaryDirectory() as folder:
         step = Private(strategy, processes, adapted_model(case, context.device), ids, Path(folder))
-        rounds = 3 if context.quick else 9
+        rounds = 3 if context.quick else 7
         timings = time_paired({"ours": step.step}, context, rounds=rounds, warmup=3, reset=dist.barrier)
         count = count_collectives(step.step)
         step.prepared.grads.detach()
