@@ -203,11 +203,16 @@ def fine_tune(
         raise PrivacyError(
             "what is trained did not move: nothing was learnt. Check the learning rate and the data."
         )
-    if not strategy.holds_whole and strategy.is_first:
-        base = load_recipe_base(recipe)
-        model = make_trainable(recipe, base)
-        _put(model, trained)
-    strategy.on_first(partial(_seal, subject, recipe, run, access, model, base))
+
+    def seal_whole() -> None:
+        whole = (model, base)
+        if not strategy.holds_whole:
+            fresh = load_recipe_base(recipe)
+            whole = (make_trainable(recipe, fresh), fresh)
+            _put(whole[0], trained)
+        _seal(subject, recipe, run, access, *whole)
+
+    strategy.on_first(seal_whole)
 
 
 def _seal(
