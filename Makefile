@@ -30,7 +30,7 @@ quickstart: $(VENV)/.stamp-run
 	  recipes/harden.py recipes/configs/quickstart.yaml $(ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

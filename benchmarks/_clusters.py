@@ -37,37 +37,47 @@ DGX_H100 = Cluster(
     side_hop=50e-6,
     side_barrier=50e-6,
     memory_bytes=80e9,
+    copies=H100.memory / 2,  # each byte is read and written
 )
 _PAYLOAD = 1 << 22  # float32 entries: 16 MiB
 _REPEATS = 7
+_MATRIX = 512  # rows and columns
+_PRODUCTS = 8
 
 
-def measure_links(processes: Processes) -> dict[str, float]:
-    """Time this machine's collectives; every process calls it.
+def measure_rates(processes: Processes) -> dict[str, float]:
+    """Time this machine's products, copies and collectives, with all processes at work; each calls it.
 
     Args:
-        processes: Of the run, two or more.
+        processes: Of the run.
 
     Returns:
-        Bytes per second of a ring (``node_link``), and seconds of ``node_hop``, ``side_hop`` and
-        ``side_barrier``, as ``Cluster`` has them; ``node_hop`` holds the start of a collective too.
+        ``compute``, ``copies``, ``node_link`` and ``gather_link``, as ``Cluster`` has them; of one process no
+        links.
     """
     size = processes.size
-    small, large = torch.zeros(size), torch.zeros(_PAYLOAD)
-    sizes = [1] * size
-    start = _median_seconds(lambda: processes.sum_shards(small, sizes))
-    seconds = _median_seconds(lambda: processes.sum_shards(large, [_PAYLOAD // size] * size))
+    matrix, large = torch.rand(_MATRIX, _MATRIX), torch.zeros(_PAYLOAD)
+    products = _median_seconds(lambda: [matrix @ matrix for _ in range(_PRODUCTS)])
+    rates = {
+        "compute": _PRODUCTS * 2.0 * _MATRIX**3 / products,
+        "copies": 4 * _PAYLOAD / _median_seconds(large.clone),
+    }
+    if size == 1:
+        return rates
+    sizes = [_PAYLOAD // size] * size
+    empty, own = torch.zeros(size), large[: sizes[0]]
+    summing = _median_seconds(lambda: processes.sum_shards(large, sizes))
+    gathering = _median_seconds(lambda: processes.gather_shards(own, sizes))
+    start = _median_seconds(lambda: processes.sum_shards(empty, [1] * size))
     sent = 4 * _PAYLOAD * (size - 1) / size
-    return {
-        "node_link": sent / max(seconds - start, 1e-9),
-        "node_hop": start / (size - 1),
-        "side_hop": _median_seconds(lambda: processes.most(1)) / (2 * (size - 1)),
-        "side_barrier": _median_seconds(lambda: processes.keep_pace("a measurement")) / (size - 1),
+    return rates | {
+        "node_link": sent / max(summing - start, 1e-9),
+        "gather_link": sent / max(gathering - start, 1e-9),
     }
 
 
 def _median_seconds(function: Callable[[], object]) -> float:
-    """Return the median time of a collective, the same on every process."""
+    """Return the median time of what all processes do together, that of the slowest on every process."""
     seconds: list[float] = []
     for _ in range(_REPEATS):
         dist.barrier()

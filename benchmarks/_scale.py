@@ -1,9 +1,10 @@
 """What a distributed step computes, moves and waits for, and from that a prediction of its time.
 
-The number of collectives and their bytes are exact for DDP and FSDP2: a test counts them in real runs. Those
-of ZeRO are what ``securetune.privacy.distributed`` and DeepSpeed do by design, without a count. Times are
-predictions: every operation and byte at the rate of a data sheet, corrected by published measurements where
-the text says so.
+The number of collectives and their bytes are exact for steps without an attack: a test counts them in real
+runs. Except how many calls ZeRO-3 gathers weights with: DeepSpeed fetches ahead in buckets of its own, and
+here each unit counts as one. What it frees of a model of more than 1e9 weights follows from its settings,
+without a count. Times are predictions: every operation and byte at the rate of a data sheet, corrected by
+published measurements where the text says so.
 
 ``given`` is what one process hands to a collective, padding included; a ring then sends ``ring_share`` of it.
 """
@@ -13,9 +14,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from securetune.privacy.distributed.collectives import sums_part_by_part
+
+from ._shapes import Parameter, Shape
 from ._workers import ring_share
 
 Strategy = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
@@ -23,100 +28,13 @@ STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 _SUM_BYTES = 4  # clipped sums are float32
 _RANGE = 1 << 26  # entries that DataParallel and ZeRO-1 reduce at a time
 _BUCKET_BYTES = 25 << 20  # of DistributedDataParallel
+_FLAT_ALIGNMENT = 2  # entries of a process that DeepSpeed's flat vectors are padded to
+_PERSISTENT = (
+    100_000  # entries up to which ZeRO-3 keeps a parameter gathered (stage3_param_persistence_threshold)
+)
+_REUSED = 10**9  # entries within which it keeps what is used again (stage3_max_reuse_distance)
 _UPDATE_BYTES = 28  # AdamW for each entry: gradient, parameter and two moments read, the last three written
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
-
-
-class Parameter(NamedTuple):
-    """A parameter of ``rows`` times ``width`` entries."""
-
-    name: str
-    rows: int
-    width: int
-    item_bytes: int
-    trainable: bool
-
-    @property
-    def entries(self) -> int:
-        """How many numbers it holds."""
-        return self.rows * self.width
-
-    def shard(self, size: int) -> int:
-        """Entries of the largest part where rows are split over ``size`` processes."""
-        return -(-self.rows // size) * self.width
-
-
-class Shape(NamedTuple):
-    """A model and the length of its samples.
-
-    Attributes:
-        name: For tables.
-        units: Parameters that FSDP2 gathers together: each block's, then all others.
-        forward: FLOPs of a sample's forward pass.
-        backward: FLOPs of the gradients of its activations.
-        weights: FLOPs of the gradients of what is trained, the same for a clipped sum.
-        norms: FLOPs that only clipping needs, by the cheaper of the kernels' two ways.
-    """
-
-    name: str
-    units: tuple[tuple[Parameter, ...], ...]
-    forward: float
-    backward: float
-    weights: float
-    norms: float
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        """All parameters, frozen or not."""
-        return [parameter for unit in self.units for parameter in unit]
-
-    @property
-    def trainable(self) -> list[Parameter]:
-        """What is trained, in canonical order of the blocks."""
-        return [parameter for parameter in self.parameters if parameter.trainable]
-
-    def flops(self, *, private: bool) -> float:
-        """Return the FLOPs of a sample."""
-        return self.forward + self.backward + self.weights + (self.norms if private else 0.0)
-
-
-def shape_of(model: Any, name: str, tokens: int) -> Shape:
-    """Read sizes and FLOPs from a Llama-shaped model, which may be on the meta device.
-
-    Attention counts whole squares, as a kernel without causal skipping computes them.
-    """
-    from torch import nn
-
-    from securetune.training.strategy import blocks_of
-
-    blocks = blocks_of(model)
-    block_of = {id(p): number for number, block in enumerate(blocks) for p in block.parameters()}
-    units: list[list[Parameter]] = [[] for _ in range(len(blocks) + 1)]
-    for key, p in model.named_parameters():
-        width = math.prod(p.shape[1:])
-        units[block_of.get(id(p), -1)].append(
-            Parameter(key, p.shape[0], width, p.element_size(), p.requires_grad)
-        )
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    products = sum(2.0 * tokens * layer.weight.numel() for layer in linear)
-    trained = [layer for layer in linear if layer.weight.requires_grad]
-    config = model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4.0 * tokens**2 * head * config.num_attention_heads * config.num_hidden_layers
-    is_lora = any(".lora_" in parameter.name for unit in units for parameter in unit)
-    norms = 0.0
-    if not is_lora:  # of adapters every sample's gradient is written down, and its norm read from there
-        for layer in trained:
-            outputs, inputs = layer.weight.shape
-            norms += min(2.0 * tokens * inputs * outputs, float(tokens**2 * (inputs + outputs)))
-    return Shape(
-        name,
-        tuple(tuple(unit) for unit in units),
-        forward=products + attention,
-        backward=products + 2 * attention,
-        weights=sum(2.0 * tokens * layer.weight.numel() for layer in trained),
-        norms=norms,
-    )
 
 
 class Call(NamedTuple):
@@ -128,6 +46,8 @@ class Call(NamedTuple):
         times: How many; an expectation where the number of micro-batches is one.
         is_side: Whether it runs over gloo between CPUs, for counts and agreement.
         hides: Whether it can run beside the computation.
+        in_buckets: Whether it may really be several, or one with others, of as many bytes in all.
+        copied: Bytes that are copied besides in each: into what is sent, and out of what arrives.
     """
 
     kind: str
@@ -135,6 +55,8 @@ class Call(NamedTuple):
     times: float
     is_side: bool = False
     hides: bool = False
+    in_buckets: bool = False
+    copied: float = 0.0
 
     def sent(self, size: int) -> float:
         """Bytes that a process sends on a ring, for all of them."""
@@ -181,16 +103,58 @@ def calls_of(
 def _private_sums(strategy: Strategy, shape: Shape, size: int, micro_batches: float) -> Iterator[Call]:
     """Float32 sums: once for each step over whole vectors, or for each micro-batch and block into shards."""
     total = sum(parameter.entries for parameter in shape.trainable)
-    if strategy in ("ddp", "zero1"):
+    if strategy == "ddp":
         for start in range(0, total, _RANGE):
             share = -(-min(_RANGE, total - start) // size)
             yield Call("reduce_scatter", _SUM_BYTES * size * share, 1)
-            if strategy == "ddp":  # the released gradient
-                yield Call("all_gather", _SUM_BYTES * share, 1)
-        return
-    for _, block in groupby(shape.trainable, key=lambda parameter: _block_of(parameter.name)):
-        longest = sum(parameter.shard(size) for parameter in block)
-        yield Call("reduce_scatter", _SUM_BYTES * size * longest, micro_batches)
+            yield Call("all_gather", _SUM_BYTES * share, 1)  # the released gradient
+    elif strategy == "zero1":
+        for start in range(0, total, _RANGE):
+            yield from _sum_of(_owned(start, min(start + _RANGE, total), total, size), 1)
+    else:
+        start = 0
+        for _, members in groupby(shape.trainable, key=lambda parameter: _block_of(parameter.name)):
+            block = list(members)
+            stop = start + sum(parameter.entries for parameter in block)
+            if strategy == "zero2":
+                sizes = _owned(start, stop, total, size)
+            else:
+                is_flat = strategy == "zero3"
+                sizes = _cut(tuple((p.entries, 1) if is_flat else (p.rows, p.width) for p in block), size)
+            yield from _sum_of(sizes, micro_batches)
+            start = stop
+
+
+def _flat_share(total: int, size: int) -> int:
+    """Entries of a process in DeepSpeed's flat vector."""
+    return -(-total // (_FLAT_ALIGNMENT * size)) * _FLAT_ALIGNMENT
+
+
+def _owned(start: int, stop: int, total: int, size: int) -> list[int]:
+    """Count the entries of a range of the flat vector that each process owns."""
+    share = _flat_share(total, size)
+    return [max(0, min(stop, (rank + 1) * share) - max(start, rank * share)) for rank in range(size)]
+
+
+@cache
+def _cut(parameters: tuple[tuple[int, int], ...], size: int) -> list[int]:
+    """Count the entries that each process gets of parameters of so many rows, of so many entries each."""
+    shares = [(-(-rows // size), rows, width) for rows, width in parameters]
+    return [
+        sum(
+            (min((rank + 1) * share, rows) - min(rank * share, rows)) * width for share, rows, width in shares
+        )
+        for rank in range(size)
+    ]
+
+
+def _sum_of(sizes: Sequence[int], times: float) -> Iterator[Call]:
+    """Add up what processes own in parts of these lengths."""
+    if sums_part_by_part(sizes):
+        for length, parts in groupby(sorted(filter(None, sizes))):
+            yield Call("reduce", _SUM_BYTES * length, times * len(list(parts)))
+    else:
+        yield Call("reduce_scatter", _SUM_BYTES * len(sizes) * max(sizes), times)
 
 
 def _ordinary_sums(strategy: Strategy, shape: Shape, size: int, micro_batches: float) -> Iterator[Call]:
@@ -210,19 +174,52 @@ def _ordinary_sums(strategy: Strategy, shape: Shape, size: int, micro_batches: f
 
 def _parameter_calls(strategy: Strategy, shape: Shape, size: int, micro_batches: float) -> Iterator[Call]:
     """Gathers of parameters: for each pass where they are sharded, or once after a sharded update."""
-    if strategy in ("fsdp2", "zero3"):
-        *blocks, others = shape.units
-        for unit in blocks:
-            yield Call("all_gather", _gathered(unit, size), 2 * micro_batches, hides=True)
-        if others:  # kept from the forward to the backward pass, and gathered again to train the embedding
-            passes = 2 if any(parameter.trainable for parameter in others) else 1
-            yield Call("all_gather", _gathered(others, size), passes * micro_batches, hides=True)
+    if strategy == "fsdp2":
+        for unit in shape.units:
+            # what is outside of the blocks is kept from the forward to the backward pass
+            passes = 1 if unit is shape.units[-1] else 2
+            given = _gathered(unit, size)
+            if given:
+                copied = given * (1 + size)
+                yield Call("all_gather", given, passes * micro_batches, hides=True, copied=copied)
+    elif strategy == "zero3":
+        yield from _zero3_gathers(shape, size, micro_batches)
     elif strategy in ("zero1", "zero2"):
-        share = math.ceil(sum(p.entries * p.item_bytes for p in shape.trainable) / size)
-        yield Call("all_gather", share, 1)
+        item_bytes = shape.trainable[0].item_bytes
+        share = _flat_share(sum(parameter.entries for parameter in shape.trainable), size)
+        yield Call("all_reduce", _SUM_BYTES, 1)  # DeepSpeed's norm of the gradient
+        yield Call("all_gather", item_bytes * share, 1)
+
+
+def _zero3_gathers(shape: Shape, size: int, micro_batches: float) -> Iterator[Call]:
+    """Small parameters once a step, after the update; large ones wherever DeepSpeed finds them freed.
+
+    It frees what is not used again within so many entries. A model that is smaller stays gathered until the
+    update; of a larger one, what is last in the forward pass stays until the backward pass.
+    """
+    yield Call("all_reduce", 2 * _SUM_BYTES, 1)  # the norm, in float64
+    for parameter in shape.parameters:
+        if parameter.entries <= _PERSISTENT:
+            yield Call("all_gather", _flat_shard_bytes(parameter, size), 1, in_buckets=True)
+    *blocks, others = shape.units
+    left = total = sum(parameter.entries for parameter in shape.parameters)
+    for unit in [others, *blocks]:
+        given = sum(_flat_shard_bytes(p, size) for p in unit if p.entries > _PERSISTENT)
+        is_freed = 2 * left >= _REUSED
+        if unit is others and not any(parameter.trainable for parameter in others):
+            is_freed = False  # no gradient reaches the embedding
+        times = 1 if total < _REUSED else (2 if is_freed else 1) * micro_batches
+        if given:
+            yield Call("all_gather", given, times, hides=True, in_buckets=True, copied=given)
+        left -= sum(parameter.entries for parameter in unit)
+
+
+def _flat_shard_bytes(parameter: Parameter, size: int) -> float:
+    return -(-parameter.entries // size) * parameter.item_bytes
 
 
 def _gathered(unit: Sequence[Parameter], size: int) -> float:
+    """Bytes of the largest shard, by rows."""
     return float(sum(parameter.shard(size) * parameter.item_bytes for parameter in unit))
 
 
@@ -284,6 +281,11 @@ class Cluster(NamedTuple):
         side_hop: A message of gloo between two CPUs.
         side_barrier: What each further process adds to the barrier, which one process keeps.
         memory_bytes: Of a device.
+        copies: Bytes copied from one place of the memory to another, new one.
+        gather_link: As ``node_link``, for all-gathers, where they run at another rate.
+        hides: Whether collectives run beside the computation; not where both need the same cores.
+        fixed: Seconds of a step with nothing to compute or to move, where that was measured; it holds all
+            latencies.
     """
 
     name: str
@@ -300,6 +302,10 @@ class Cluster(NamedTuple):
     side_hop: float
     side_barrier: float
     memory_bytes: float = math.inf
+    copies: float = math.inf
+    gather_link: float | None = None
+    hides: bool = True
+    fixed: float = 0.0
 
 
 def seconds_of(call: Call, size: int, cluster: Cluster) -> float:
@@ -317,7 +323,10 @@ def seconds_of(call: Call, size: int, cluster: Cluster) -> float:
         inside = min(size, cluster.per_node) - 1
         depth = math.log2(nodes)
         latency = min(latency, 2 * (inside * cluster.tree_node_hop + depth * cluster.tree_network_hop))
-    rate = cluster.node_link if nodes == 1 else min(cluster.node_link, cluster.network)
+    link = cluster.node_link
+    if call.kind == "all_gather" and cluster.gather_link is not None:
+        link = cluster.gather_link
+    rate = link if nodes == 1 else min(link, cluster.network)
     return call.times * (cluster.start + latency) + call.sent(size) / rate
 
 
@@ -329,12 +338,16 @@ class Prediction(NamedTuple):
         update: Memory sweep of the optimizer.
         exposed: Collectives that no computation hides.
         side: Agreement between CPUs.
+        copies: Of gathered weights, between what is sent and what is used.
+        fixed: What was measured of a step that does nothing.
     """
 
     compute: float
     update: float
     exposed: float
     side: float
+    copies: float
+    fixed: float
 
     @property
     def total(self) -> float:
@@ -382,19 +395,20 @@ def predict(
     entries = sum(parameter.entries for parameter in shape.trainable)
     update = _UPDATE_BYTES * entries / (1 if strategy == "ddp" else size) / cluster.memory
     micro_batches = max(1.0, padding.micro_batches)
-    exposed = side = hidden = hidden_once = 0.0
+    exposed = side = copies = hidden = hidden_once = 0.0
     for call in calls_of(strategy, shape, size, micro_batches, private=private, in_recipe=in_recipe):
         seconds = seconds_of(call, size, cluster)
+        copies += call.times * call.copied / cluster.copies
         if call.is_side:
             side += seconds
-        elif not call.hides:
+        elif not (call.hides and cluster.hides):
             exposed += seconds
         elif call.times >= micro_batches:
             hidden += seconds
         else:
             hidden_once += seconds
     exposed += max(0.0, hidden - compute) + max(0.0, hidden_once - compute / micro_batches)
-    return Prediction(compute, update, exposed, side)
+    return Prediction(compute, update, exposed, side, copies, cluster.fixed)
 
 
 def state_bytes(strategy: Strategy, shape: Shape, size: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +23,7 @@ _GIVEN = {
     "_reduce_scatter_base_": ("reduce_scatter", 1),
     "_allgather_base_": ("all_gather", 1),
     "allreduce_": ("all_reduce", 0),
+    "reduce_": ("reduce", 0),
     "broadcast_": ("broadcast", 0),
     "monitored_barrier_": ("barrier", 0),
 }
@@ -60,6 +62,7 @@ def ring_share(kind: str, size: int) -> float:
         "reduce_scatter": (size - 1) / size,
         "all_gather": size - 1,
         "all_reduce": 2 * (size - 1) / size,
+        "reduce": (size - 1) / size,
         "broadcast": (size - 1) / size,
         "barrier": 0.0,
     }[kind]
@@ -96,6 +99,9 @@ def _enter(
     rank: int, worker: Callable[..., Any], size: int, kind: str, folder: Path, arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"LOCAL_RANK": str(rank)}  # DeepSpeed wants it
+    if kind == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if kind == "cuda":
         torch.cuda.set_device(rank)
     store = FileStore(str(folder / "store"), size)

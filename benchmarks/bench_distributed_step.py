@@ -41,6 +41,7 @@ from .bench_dp_lora_step import (
 )
 
 if TYPE_CHECKING:
+    from securetune.config.launch import StrategyName
     from securetune.privacy.distributed import Processes
 
 NAME = "distributed_step"
@@ -169,7 +170,9 @@ class Private:
         folder: Of the ledger, which the first process writes.
     """
 
-    def __init__(self, engine: Engine, processes: Processes, model: Any, ids: Tensor, folder: Path) -> None:
+    def __init__(
+        self, engine: StrategyName, processes: Processes, model: Any, ids: Tensor, folder: Path
+    ) -> None:
         from securetune.privacy.distributed import SharedLedger
         from securetune.training.strategy import Strategy
 

@@ -1,7 +1,9 @@
 """Step times from 1 to 1,024 processes: predicted, and up to 4 processes measured on this machine's CPU.
 
-Rates of this machine come from one process (compute) and from two (links); the times for 2 and 4 processes
-follow from them by the same formulae as those of a GPU cluster, and are compared with measured ones.
+How fast this machine computes a step comes from one process. What 2 and 4 processes get of it, and how fast
+they copy and send, comes from products, copies and collectives of their own, all at once; what a step takes
+with next to nothing to compute or to send comes from a model of the same layers, but narrow. From these rates
+the times for 2 and 4 processes follow by the formulae of a GPU cluster, and are compared with measured ones.
 Collectives are counted in the measured runs first, and must be those of the formulae. What is not measured
 says so.
 """
@@ -10,16 +12,15 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._clusters import DGX_H100, measure_links
+from ._clusters import DGX_H100, measure_rates
 from ._harness import (
     Agreement,
     Context,
@@ -38,16 +39,18 @@ from ._scale import (
     Cluster,
     Padding,
     Prediction,
-    Shape,
     Strategy,
     calls_of,
     predict,
-    shape_of,
     state_bytes,
 )
-from ._workers import run_workers
+from ._shapes import Shape, shape_of
+from ._workers import CountCollectives, run_workers
 from .bench_distributed_step import PACKAGES, TINY, Private, count_collectives
 from .bench_dp_lora_step import LLAMA_1B, Case, adapted_model
+
+if TYPE_CHECKING:
+    from securetune.privacy.distributed import Processes
 
 NAME = "scale"
 MEASURED = (1, 2, 4)
@@ -67,7 +70,7 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
 }
 SMALL = TINY | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 4096}
-Engine = Literal["ddp", "fsdp2"]
+NARROW = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 32}
 
 
 def run(context: Context) -> Iterator[Result]:
@@ -81,35 +84,46 @@ def run(context: Context) -> Iterator[Result]:
 
 
 def _validated(context: Context) -> Iterator[Result]:
-    case = Case("tiny Llama", 2, 16, 4, torch.float32, TINY)
-    if not context.quick:
-        case = Case("small Llama", 8, 64, 8, torch.float32, SMALL)
+    case, config = Case("small Llama", 8, 64, 8, torch.float32, SMALL), SMALL
+    if context.quick:
+        case, config = Case("tiny Llama", 2, 16, 4, torch.float32, TINY), TINY
+    narrow = Case("narrow Llama", 1, 4, 1, torch.float32, config | NARROW)
     shape = shape_of(adapted_model(case, context.device), case.label, case.tokens)
-    own = run_workers(_worker, 1, context.device, "ddp", case, context)[0]
-    here: Cluster | None = None
+    strategies: list[Strategy] = [
+        name for name in STRATEGIES if importlib.util.find_spec("deepspeed") or "zero" not in name
+    ]
+    efficiency, lines = 1.0, [["processes", "strategy", "predicted", "measured", "measured / predicted"]]
     for size in MEASURED:
-        for engine in ("ddp", "fsdp2") if size > 1 else ("ddp",):
-            outcomes = (
-                run_workers(_worker, size, context.device, engine, case, context) if size > 1 else [own]
-            )
-            calls = calls_of(engine, shape, size, 1, in_recipe=False)
-            agreement = same_calls(outcomes[0], calls)
-            slowest = Timing(tuple(map(max, zip(*(outcome["seconds"] for outcome in outcomes), strict=True))))
-            if here is None:
-                here = _this_machine(case.batch * shape.flops(private=True), slowest.quantiles.q50)
-            elif math.isinf(here.node_link):
-                here = here._replace(**outcomes[0]["links"])
-            yield _side_by_side(engine, case, size, shape, here, slowest, agreement, context)
+        names: list[Strategy] = strategies if size > 1 else ["ddp"]
+        outcomes = run_workers(_worker, size, context.device, names, case, narrow, context)
+        for name in names:
+            measured, fixed = (_slowest(outcomes, name, model) for model in ("case", "narrow"))
+            agreement = same_calls(outcomes[0][name], calls_of(name, shape, size, 1, in_recipe=False))
+            rates = dict(outcomes[0]["rates"])
+            if size == 1:  # what a step computes in a second, over what products alone do
+                seconds = max(measured.quantiles.q50 - fixed.quantiles.q50, 1e-9)
+                efficiency = case.batch * shape.flops(private=True) / seconds / rates["compute"]
+            rates["compute"] *= efficiency
+            here = _this_machine(fixed.quantiles.q50, rates)
+            result = _side_by_side(name, case, size, shape, here, measured, agreement, context)
+            lines.append(_line(size, name, result))
+            yield result
+    print(markdown(lines[0], lines[1:]))
 
 
-def _this_machine(flops: float, seconds: float) -> Cluster:
-    """Return what one process tells: links come later, and its update is in the time of its passes."""
+def _slowest(outcomes: Sequence[Any], name: str, model: str) -> Timing:
+    """Return how long the slowest process took in each round."""
+    return Timing(tuple(map(max, zip(*(outcome[name][model] for outcome in outcomes), strict=True))))
+
+
+def _this_machine(fixed: float, rates: dict[str, float]) -> Cluster:
+    """Describe processes of this machine, whose latencies are all in the fixed time."""
     return Cluster(
         name="this machine",
         per_node=1 << 20,
-        compute=flops / seconds,
+        compute=rates["compute"],
         memory=math.inf,
-        node_link=math.inf,
+        node_link=rates.get("node_link", math.inf),
         network=math.inf,
         start=0.0,
         node_hop=0.0,
@@ -118,11 +132,15 @@ def _this_machine(flops: float, seconds: float) -> Cluster:
         tree_network_hop=math.inf,
         side_hop=0.0,
         side_barrier=0.0,
+        copies=rates["copies"],
+        gather_link=rates.get("gather_link"),
+        hides=False,
+        fixed=fixed,
     )
 
 
 def _side_by_side(
-    engine: Engine,
+    strategy: Strategy,
     case: Case,
     size: int,
     shape: Shape,
@@ -131,19 +149,17 @@ def _side_by_side(
     agreement: Agreement,
     context: Context,
 ) -> Result:
-    cores = os.cpu_count() or 1
-    crowded = here._replace(compute=here.compute / max(1.0, size / cores))
     prediction = predict(
-        engine,
+        strategy,
         shape,
         size,
-        crowded,
+        here,
         expected_batch=case.batch * size,
         micro_batch=case.batch,
         padding=Padding(case.batch, 1),
         in_recipe=False,
     )
-    role = "calibrates compute" if size == 1 else f"links calibrated with 2 processes, {cores} cores"
+    parts = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in prediction._asdict().items())
     return compare_times(
         NAME,
         measured,
@@ -151,17 +167,29 @@ def _side_by_side(
         agreement,
         context,
         baseline_name="prediction",
-        metric=f"{engine}_step_time",
+        metric=f"{strategy}_step_time",
         shape=f"{case.label} LoRA {size} x B={case.batch} T={case.tokens}",
         dtype="float32",
         packages=PACKAGES,
-        note=f"{role}; predicted: passes {prediction.compute:.3g} s, collectives {prediction.exposed:.3g} s, "
-        f"agreement {prediction.side:.3g} s",
+        note=("calibrates compute; " if size == 1 else "") + f"predicted: {parts}",
     )
 
 
+def _line(size: int, strategy: str, result: Result) -> list[str]:
+    seen = result.quantiles
+    ratios = ", ".join(f"{seen[name]:.2f}" for name in ("ratio_q20", "ratio_q50", "ratio_q80"))
+    times = [f"{(seconds or 0) * 1e3:,.0f} ms" for seconds in (result.baseline_value, seen["q50"])]
+    return [f"{size}", strategy, *times, "(sets the compute)" if size == 1 else ratios]
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Write a table in Markdown, whose columns are numbers but for the first."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def same_calls(outcome: Any, calls: Sequence[Call]) -> Agreement:
-    """Compare counted collectives, and the bytes of those between devices, with the formulae.
+    """Compare counted collectives, and the bytes of the kinds that carry weights and sums, with the formulae.
 
     Args:
         outcome: ``calls`` and ``given`` of a process, as ``CountCollectives`` has them.
@@ -175,12 +203,16 @@ def same_calls(outcome: Any, calls: Sequence[Call]) -> Agreement:
     """
     expected_calls: dict[str, float] = {}
     expected_bytes: dict[str, float] = {}
+    side_kinds = {call.kind for call in calls if call.is_side}
     for call in calls:
         expected_calls[call.kind] = expected_calls.get(call.kind, 0) + call.times
-        if not call.is_side:
+        if call.kind not in side_kinds:
             expected_bytes[call.kind] = expected_bytes.get(call.kind, 0) + call.times * call.given
+    in_buckets = {call.kind for call in calls if call.in_buckets}
+    counted_calls = {kind: count for kind, count in outcome["calls"].items() if kind not in in_buckets}
+    expected_calls = {kind: count for kind, count in expected_calls.items() if kind not in in_buckets}
     counted_bytes = {kind: outcome["given"].get(kind) for kind in expected_bytes}
-    if outcome["calls"] != expected_calls or counted_bytes != expected_bytes:
+    if counted_calls != expected_calls or counted_bytes != expected_bytes:
         raise OutputsDiffer(
             f"counted {outcome['calls']} with {counted_bytes} bytes, the formulae say {expected_calls} with "
             f"{expected_bytes}."
@@ -250,25 +282,32 @@ def _predicted(context: Context) -> Iterator[Result]:
                 yield replace(result, device=f"{DGX_H100.name} (data sheet)")
 
 
-def _worker(engine: Engine, case: Case, context: Context) -> dict[str, Any]:
-    from torch import distributed as dist
-
+def _worker(names: Sequence[Strategy], case: Case, narrow: Case, context: Context) -> dict[str, Any]:
     from securetune.privacy.distributed import Processes
 
     processes = Processes()
+    found: dict[str, Any] = {"rates": measure_rates(processes)}
+    for name in names:
+        seconds, _ = _time_steps(name, narrow, processes, context)
+        found[name] = {"narrow": seconds}
+        found[name]["case"], count = _time_steps(name, case, processes, context)
+        found[name] |= {"calls": count.calls, "given": count.given}
+    return found
+
+
+def _time_steps(
+    strategy: Strategy, case: Case, processes: Processes, context: Context
+) -> tuple[tuple[float, ...], CountCollectives]:
+    """Return the seconds of some steps, and the collectives of one."""
+    from torch import distributed as dist
+
     generator = torch.Generator().manual_seed(processes.rank)
     assert case.config is not None
     ids = torch.randint(0, case.config["vocab_size"], (case.batch, case.tokens), generator=generator)
     with tempfile.TemporaryDirectory() as folder:
-        step = Private(engine, processes, adapted_model(case, context.device), ids, Path(folder))
-        rounds = 3 if context.quick else 15
-        timing = time_paired({"ours": step.step}, context, rounds=rounds, warmup=2, reset=dist.barrier)[
-            "ours"
-        ]
+        step = Private(strategy, processes, adapted_model(case, context.device), ids, Path(folder))
+        rounds = 3 if context.quick else 7
+        timings = time_paired({"ours": step.step}, context, rounds=rounds, warmup=3, reset=dist.barrier)
         count = count_collectives(step.step)
-    return {
-        "seconds": timing.seconds,
-        "calls": count.calls,
-        "given": count.given,
-        "links": measure_links(processes) if processes.size > 1 else {},
-    }
+        step.prepared.grads.detach()
+    return timings["ours"].seconds, count

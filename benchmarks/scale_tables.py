@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ._scale import STRATEGIES, Shape, calls_of, expected_padding, state_bytes
-from .bench_scale import EXPECTED_BATCH, MICRO_BATCH, fits, large_shapes, predicted_pair
+from ._scale import STRATEGIES, calls_of, expected_padding, state_bytes
+from ._shapes import Shape
+from .bench_scale import EXPECTED_BATCH, MICRO_BATCH, fits, large_shapes, markdown, predicted_pair
 
 SIZES = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 GIB = 2**30
@@ -33,7 +34,7 @@ def _work(shapes: dict[str, Shape]) -> str:
         rows.append(
             [name, f"{trained / 1e6:,.1f} M", *(f"{part / 1e12:.3f}" for part in parts), f"{ratio:.3f}"]
         )
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _bytes(shapes: dict[str, Shape]) -> str:
@@ -61,7 +62,7 @@ def _bytes(shapes: dict[str, Shape]) -> str:
                     f"{held:,.1f} GiB",
                 ]
             )
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _padding() -> str:
@@ -79,7 +80,7 @@ def _padding() -> str:
                 f"{padding.micro_batches:.2f}",
             ]
         )
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _times(shape: Shape) -> str:
@@ -92,7 +93,7 @@ def _times(shape: Shape) -> str:
             cell = f"{private.total:.3g} s ({private.total / ordinary.total:.2f})"
             cells.append(cell if fits(strategy, shape, size) else "too large")
         rows.append([f"{size}", *cells])
-    return _markdown(["GPUs", *STRATEGIES], rows)
+    return markdown(["GPUs", *STRATEGIES], rows)
 
 
 def _parts(shapes: dict[str, Shape]) -> str:
@@ -114,12 +115,7 @@ def _parts(shapes: dict[str, Shape]) -> str:
                     f"{speedup * 8 / size:.0%}",
                 ]
             )
-    return _markdown(head, rows)
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(head, rows)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,11 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str, *, mode: int =
         finally:
             os.close(descriptor)
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = error.filename or os.fspath(target)  # a failed write names no file
         raise
     fsync_folder(target.parent)
 
@@ -95,8 +97,9 @@ def append_durable(path: str | os.PathLike[str], line: str, *, mode: int = 0o600
         is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
         try:
             _write_all(descriptor, (b"\n" if is_torn else b"") + line.encode() + b"\n")
-        except OSError:
+        except OSError as error:
             os.ftruncate(descriptor, size)
+            error.filename = os.fspath(target)
             raise
         os.fsync(descriptor)
     finally:
@@ -174,6 +177,10 @@ def parse_json(content: bytes, name: str) -> Any:
         ) from error
     except RecursionError as error:
         raise DataError(f"{name} is nested too deeply to be read safely.") from error
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{name} holds a whole number of more digits than are accepted.") from error
 
 
 def canonical_json(value: Any) -> bytes:

@@ -98,8 +98,15 @@ def _triton_version() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # an import hook forbids it
+        return False
+
+
 def _why_triton_cannot_run(tensor: Tensor) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not tensor.is_cuda and not interpreted:

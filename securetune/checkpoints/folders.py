@@ -190,6 +190,8 @@ class FolderReader:
 
 
 def _not_openable(path: Path, error: OSError) -> str:
+    if path.is_symlink():
+        return f"{path} is a symbolic link; give the folder it points to, {path.resolve()}."
     return f"{path} is not a folder that can be opened: {error.strerror} ({error.filename})."
 
 

@@ -74,17 +74,15 @@ def plan(
 
 def train(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Run a recipe: plan, train, seal, evaluate, check the gate, report, publish."""
-    from securetune.config.launch import launch_command, recipe_arguments
+    from securetune.config.launch import one_process_environment, recipe_arguments
     from securetune.config.packaged import find_config, recipes_folder
 
     path = find_config(config)
     recipe = load(config, overrides)
-    command = launch_command(
-        recipes_folder() / "harden.py",
-        recipe_arguments(path, overrides or (), resume=resume),
-        use_cpu=recipe.model.device == "cpu" or not _num_gpus(),
-    )
-    sys.exit(_run_to_the_end(command))
+    script = str(recipes_folder() / "harden.py")
+    arguments = recipe_arguments(path, overrides or (), resume=resume)
+    environment = one_process_environment(use_cpu=recipe.model.device == "cpu" or not _num_gpus())
+    sys.exit(_run_to_the_end([sys.executable, script, *arguments], environment))
 
 
 def evaluate(
@@ -120,12 +118,13 @@ def evaluate(
         console().print(f"{item.subject:<10} {name}: {value}{interval}, n = {item.n}, {item.status}")
 
 
-def _run_to_the_end(command: list[str]) -> int:
+def _run_to_the_end(command: list[str], environment: dict[str, str]) -> int:
     # Ctrl-C reaches the child too, which says how to go on; subprocess.run would kill it before it is done
     previous = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        with subprocess.Popen(command) as process:
-            return process.wait()
+        with subprocess.Popen(command, env=environment) as process:
+            status = process.wait()
+            return status if status >= 0 else 128 - status  # a signal, as shells say it
     finally:
         signal.signal(signal.SIGINT, previous)
 

@@ -1,7 +1,6 @@
-"""Starting a recipe: the one-process command, and what a launcher started this process as."""
+"""Starting a recipe: the environment of one process, and what a launcher started this process as."""
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,41 +43,26 @@ class Launch:
     mixed_precision: Literal["no", "bf16"] = "no"
 
 
-def launch_command(
-    script: str | os.PathLike[str], arguments: Sequence[str], *, use_cpu: bool, num_threads: int | None = None
-) -> list[str]:
-    """Build the command that runs a recipe in one process, without asking for an accelerate configuration.
+def one_process_environment(*, use_cpu: bool, num_threads: int | None = None) -> dict[str, str]:
+    """Return the variables with which a recipe's script runs in one process.
+
+    They are those that ``accelerate launch`` sets for it, whatever configuration accelerate has here. Its own
+    launcher would turn every exit status that is not 0 into 1.
 
     Args:
-        script: The Python file of the recipe.
-        arguments: What the recipe gets.
         use_cpu: Stay on the CPU even if there is a GPU.
         num_threads: CPU threads; None takes ``OMP_NUM_THREADS``, or else every core this process may use.
 
     Returns:
-        The words of a command that runs under the same Python.
+        This process's variables, with those changed.
     """
-    threads = num_threads or _default_threads(os.environ)
-    options = [
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    options += ["--num_cpu_threads_per_process", str(threads), *(["--cpu"] if use_cpu else [])]
-    return [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--quiet",
-        *options,
-        os.fspath(script),
-        *arguments,
-    ]
+    return {
+        **os.environ,
+        "ACCELERATE_USE_CPU": str(use_cpu),
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "OMP_NUM_THREADS": str(num_threads or _default_threads(os.environ)),
+    }
 
 
 def read_launch(environment: Mapping[str, str] | None = None, recipe: Recipe | None = None) -> Launch:

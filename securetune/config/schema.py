@@ -172,7 +172,7 @@ class PrivacyConfig(Section):
     private."""
     max_batch_size: int | None = Field(default=None, ge=1)
     """For `truncated_poisson`: most records in one step."""
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=1_000_000)
     """Training steps. The budget is planned for exactly this many."""
     noise: Literal["gaussian", "matrix_factorization"] = "gaussian"
     """`gaussian`: independent at each step. `matrix_factorization`: correlated over the steps (DP-FTRL), so

@@ -87,7 +87,8 @@ def summarise(rows: Iterable[Mapping[str, Any]], name: str) -> DataSummary:
         if count == 1:
             labels = set() if _has_label(row, name) else None
         if labels is not None:
-            labels.add(_label_text(row.get("label")))
+            if (label := row.get("label")) not in (None, ""):
+                labels.add(_label_text(label))
             if len(labels) > _MAX_LABELS:
                 raise DataError(
                     f"{name}: column 'label' holds more than {_MAX_LABELS} different values. "
@@ -95,6 +96,12 @@ def summarise(rows: Iterable[Mapping[str, Any]], name: str) -> DataSummary:
                 )
     if count == 0:
         raise DataError(f"{name} holds no records. Give a file with at least one row of {_COLUMNS}.")
+    if labels is not None and len(labels) < 2:
+        raise DataError(
+            f"{name}: column 'label' holds {len(labels) or 'no'} value{'s' * (not labels)}; at least 2 "
+            "different ones are needed to choose between. For text to be written instead of chosen, name the "
+            "columns prompt and completion."
+        )
     return DataSummary(count, None if labels is None else sorted(labels))
 
 

@@ -54,6 +54,10 @@ def render_chat(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase
             "The data are chats, but the model's tokenizer has no chat template. Use an instruction-tuned"
             " model, or give the data as prompt and completion."
         )
+    if messages[0].role == "assistant":
+        raise DataError(
+            "begins with an assistant message, so nothing says what it answers. Begin with a user message"
+        )
     marks = [f"{_MARK_OPEN}{index}{_MARK_CLOSE}" for index in range(len(messages))]
     marked = [Message(message.role, mark) for message, mark in zip(messages, marks, strict=True)]
     string = _render(messages, tokenizer)

@@ -55,7 +55,8 @@ def read_rows(
             f"{option}.path: there is no file {str(path)!r}. A relative path starts at the current folder."
         )
     if not path.is_file():
-        raise DataError(f"{option}.path: {str(path)!r} is a folder; give one JSONL, CSV or Parquet file.")
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise DataError(f"{option}.path: {str(path)!r} is {kind}; give one JSONL, CSV or Parquet file.")
     chosen = _FORMATS.get(path.suffix.lower()) if file_format == "auto" else file_format
     if chosen is None:
         raise ConfigError(
@@ -149,14 +150,30 @@ def _read_parquet(path: Path) -> list[Row]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
-        columns = {name: table.column(name).to_pylist() for name in table.column_names}
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} holds text that is not valid UTF-8.") from error
-    except pa.ArrowException as error:
+        table = pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise
         raise DataError(f"{path} is not a valid Parquet file.") from error
+    if len(set(table.column_names)) < table.num_columns:
+        raise DataError(f"{path}: a column name appears twice.")
+    columns = {name: _values(table, name, path) for name in table.column_names}
     names = list(columns)
     return [
         Row(number, f"row {number}", dict(zip(names, values, strict=True)))
         for number, values in enumerate(zip(*columns.values(), strict=True), start=1)
     ]
+
+
+def _values(table: Any, name: str, path: Path) -> list[Any]:
+    column = table.column(name)
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} holds text that is not valid UTF-8.") from error
+    except (ValueError, OverflowError) as error:
+        # such as times in nanoseconds or before the year 1
+        raise DataError(
+            f"{path}: column {name!r} of type {column.type} holds values that Python cannot represent. Take "
+            "the column out, or store it as text."
+        ) from error

@@ -1,5 +1,6 @@
 """Private records from a file of one's own, or from a packaged data set."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from itertools import islice
@@ -10,6 +11,7 @@ from securetune.data.formats import Row, read_rows
 from securetune.data.packaged import read_packaged_rows
 from securetune.data.records import Message, Record
 from securetune.errors import ConfigError, DataError
+from securetune.files import parse_json
 
 _logger = logging.getLogger(__name__)
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -149,6 +151,10 @@ def _labelled(rows: Sequence[Row], labels: Sequence[str], name: str) -> list[Rec
             problems.add(row, "text is empty")
         elif label is None:
             problems.add(row, f"label must be a string or a whole number, got {_kind(row.values['label'])}")
+        elif not label:
+            problems.add(row, "label is empty")
+        elif not _is_unicode(label):
+            problems.add(row, "the label holds half of a surrogate pair, which is not valid Unicode")
         elif label not in index:
             unknown.setdefault(label, []).append(row.number)
         else:
@@ -183,7 +189,7 @@ def _generations(rows: Sequence[Row], name: str) -> list[Record]:
     for row in rows:
         number = row.number
         if wanted == ("messages",):
-            messages = read_messages(row.values["messages"])
+            messages = read_messages(_from_csv(row.values["messages"]))
             if isinstance(messages, str):
                 problems.add(row, messages)
             else:
@@ -201,6 +207,14 @@ def _generations(rows: Sequence[Row], name: str) -> list[Record]:
             )
     problems.stop()
     return records
+
+
+def _from_csv(value: Any) -> Any:
+    """Take a chat out of its JSON text, the only way for a CSV file to hold one."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(DataError):
+            return parse_json(value.encode("utf-8", "surrogatepass"), "messages")
+    return value
 
 
 def read_messages(value: Any) -> tuple[Message, ...] | str:
@@ -287,6 +301,14 @@ def _label_string(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value) if isinstance(value, str | int) else None
+
+
+def _is_unicode(string: str) -> bool:
+    try:
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(value: Any) -> str:

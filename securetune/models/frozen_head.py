@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from securetune.privacy.per_sample.frozen import frozen_linear
+from securetune_kernels import products
 
 # Logits are made in blocks of so many words and rows. On a CPU a block is 8 MiB in float32 and stays in the
 # cache between the two products that need it; a GPU needs larger products to fill the chip.
@@ -123,7 +123,7 @@ def _sweep_vocabulary(
     for start in range(0, words, _BLOCK_WORDS):
         block = weight[start : start + _BLOCK_WORDS]
         size = len(block)
-        logits = frozen_linear(hidden, block).to(dtype)
+        logits = products.linear(hidden, block).to(dtype)
         if bias is not None:
             logits += bias[start : start + size]
         place = wanted - start
@@ -135,7 +135,7 @@ def _sweep_vocabulary(
         exponentials = logits.sub_(largest).exp_()
         total = total.mul_(shrink).add_(exponentials.sum(dim=1, keepdim=True))
         if needs_grad and dtype == hidden.dtype:
-            expected.mul_(shrink).add_(frozen_linear(exponentials, block.t()))
+            expected.mul_(shrink).add_(products.linear(exponentials, block.t()))
         elif needs_grad:
             expected.mul_(shrink).add_(exponentials.to(hidden.dtype) @ block)
     expected.div_(total)

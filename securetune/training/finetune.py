@@ -148,7 +148,7 @@ def fine_tune(
                 reduction=prepared.reduction,
             )
             stack.enter_context(ledger)
-            _refuse_shorter_ledger(ledger, saved)
+            _refuse_other_ledger(ledger, saved)
             clipping = step.clipping
             if saved is not None:
                 clipping.load_state_dict(saved.clipping)
@@ -203,11 +203,16 @@ def fine_tune(
         raise PrivacyError(
             "what is trained did not move: nothing was learnt. Check the learning rate and the data."
         )
-    if not strategy.holds_whole and strategy.is_first:
-        base = load_recipe_base(recipe)
-        model = make_trainable(recipe, base)
-        _put(model, trained)
-    strategy.on_first(partial(_seal, subject, recipe, run, access, model, base))
+
+    def seal_whole() -> None:
+        whole = (model, base)
+        if not strategy.holds_whole:
+            fresh = load_recipe_base(recipe)
+            whole = (make_trainable(recipe, fresh), fresh)
+            _put(whole[0], trained)
+        _seal(subject, recipe, run, access, *whole)
+
+    strategy.on_first(seal_whole)
 
 
 def _seal(
@@ -325,7 +330,8 @@ def _run_steps(
             has_stopped = stopping is not None and stopping.has_stopped
             is_last = has_stopped or number == planned
             if save is not None and (number % recipe.training.save_every == 0 or is_last):
-                save(steps_done=steps_done, steps_charged=0 if ledger is None else ledger.steps_charged)
+                charged = {"steps_charged": 0} if ledger is None else _charged(ledger)
+                save(steps_done=steps_done, **charged)
             if has_stopped and ledger is not None and not is_whole:
                 _charge_remaining_steps(ledger)
             epsilon = None
@@ -352,14 +358,23 @@ def _run_steps(
                 break
 
 
-def _refuse_shorter_ledger(ledger: Ledger, saved: SavedState | None) -> None:
-    """A ledger with fewer steps than the saved training paid for was lost, cut or replaced."""
+def _charged(ledger: Ledger) -> dict[str, Any]:
+    return {"steps_charged": ledger.steps_charged, "writers": ledger.state.writers}
+
+
+def _refuse_other_ledger(ledger: Ledger, saved: SavedState | None) -> None:
+    """A ledger without the steps that the saved training paid for was lost, cut or replaced."""
     if saved is not None and ledger.steps_charged < saved.steps_charged:
         raise PrivacyError(
             f"{ledger.path} holds {ledger.steps_charged} steps, but the saved training state had paid for "
             f"{saved.steps_charged}: the ledger was lost or shortened, so epsilon would be too low. Restore "
-            "the "
-            "ledger, or start a new run in another folder (its epsilon adds to this one's)."
+            "the ledger, or start a new run in another folder (its epsilon adds to this one's)."
+        )
+    if saved is not None and not ledger.state.writers.issuperset(saved.writers):
+        raise PrivacyError(
+            f"{ledger.path} is the ledger of another run: steps that the saved training state had paid for "
+            "are not in it. Restore the ledger, or start a new run in another folder (its epsilon adds to "
+            "this one's)."
         )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,7 +175,7 @@ class RunFolder:
 
         Raises:
             ConfigError: If the run has begun and the key is gone: a new one would mix trained and held-out
-                records.
+                records. Or if the key is damaged.
         """
         path = self.keys / f"{name}.key"
         if not path.is_file():
@@ -184,7 +185,12 @@ class RunFolder:
                     f"{self.root} can be neither resumed nor evaluated. Restore it, or start a new run."
                 )
             write_atomic(path, os.urandom(32).hex())
-        return bytes.fromhex(path.read_text(encoding="ascii"))
+        text = path.read_bytes()
+        if re.fullmatch(rb"[0-9a-f]{64}", text) is None:
+            raise ConfigError(
+                f"{path} is damaged: it must hold 64 hexadecimal digits. Restore it, or start a new run."
+            )
+        return bytes.fromhex(text.decode())
 
     def _work_file(self, name: str) -> Path:
         return self.work / f"{name}.json"

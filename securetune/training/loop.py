@@ -228,10 +228,13 @@ class Trainer:
         return self._step.grads.device
 
     def _losses(self, batch: Batch, number: int) -> Tensor:
-        embeds = self._within(self._head.embed, batch)
-        if self._adversary is not None:
-            embeds = self._adversary.perturb(embeds, batch, step=number)
-        return self._within(self._head.losses, embeds, batch, label_smoothing=self._label_smoothing)
+        if self._adversary is None:  # one forward pass of the outermost module, which ZeRO-3 can foresee
+            return self._within(lambda: self._losses_of(self._head.embed(batch), batch))
+        embeds = self._adversary.perturb(self._within(self._head.embed, batch), batch, step=number)
+        return self._within(self._losses_of, embeds, batch)
+
+    def _losses_of(self, embeds: Tensor, batch: Batch) -> Tensor:
+        return self._head.losses(embeds, batch, label_smoothing=self._label_smoothing)
 
     def _masks(self, batch: Batch, number: int) -> contextlib.AbstractContextManager[None]:
         """Hold the dropout masks of a micro-batch until its backward pass is done."""

@@ -3,7 +3,7 @@
 Each process seals its own part, and any number of processes, with any strategy, goes on from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +33,7 @@ class SavedState(NamedTuple):
         lineage: UUID of the saves.
         next_generation: Number of the next save.
         clipping: State of the clipping, public numbers.
+        writers: Names of the processes that had charged steps to the ledger.
     """
 
     steps_done: int
@@ -40,6 +41,7 @@ class SavedState(NamedTuple):
     lineage: str
     next_generation: int
     clipping: dict[str, Any]
+    writers: frozenset[str] = frozenset()
 
 
 def has_state(folder: Path) -> bool:
@@ -66,6 +68,7 @@ def save_state(
     compartment: Literal["adapter", "weights"] = "adapter",
     steps_done: int,
     steps_charged: int,
+    writers: Iterable[str] = (),
 ) -> None:
     """Seal the training state after a step; an older state stays whole until the new one is complete.
 
@@ -81,6 +84,7 @@ def save_state(
         compartment: Where the trained parameters are sealed, under a key of its own.
         steps_done: Steps whose update is in the state.
         steps_charged: Steps in the ledger; 0 without privacy.
+        writers: Names of the processes that charged them.
 
     Raises:
         CheckpointError: If the shards do not cover the parameters, the disk is full, or another process
@@ -106,6 +110,7 @@ def save_state(
         "owner": dict(owner),
         "steps_done": steps_done,
         "steps_charged": steps_charged,
+        "writers": sorted(writers),
         "clipping": {} if clipping is None else clipping.state_dict(),
     }
     if stopping is not None:
@@ -156,6 +161,7 @@ def load_state(
             lineage=vault.manifest.lineage,
             next_generation=vault.manifest.generation + 1,
             clipping=metadata["clipping"],
+            writers=frozenset(metadata.get("writers", ())),  # saves of before have none
         )
         with torch.no_grad():
             shards.restore(files.read, step=saved.steps_done)

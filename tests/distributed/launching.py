@@ -1,12 +1,15 @@
 """Starts worker modules in several processes, as torchrun does."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +37,16 @@ def torchrun(processes: int, *arguments: str, timeout: float = 200) -> subproces
         env=environment(),
         timeout=timeout,
     )
+
+
+@contextlib.contextmanager
+def group_of_one() -> Iterator[None]:
+    """Make this process a group over gloo, which takes no launch."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def load_result(path: Path) -> dict[str, Tensor]:

@@ -1,12 +1,16 @@
-"""What :class:`Processes` and :class:`SharedLedger` do in a group; one scenario for each start.
+"""What :class:`Processes` and :class:`SharedLedger` do in a group, one scenario after another.
 
-torchrun --nproc_per_node N -m tests.distributed.processes_worker OUT SCENARIO
+torchrun --nproc_per_node N -m tests.distributed.processes_worker OUT SCENARIO...
 """
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from securetune.privacy.distributed import Processes, SharedLedger
 from securetune.privacy.ledger import LedgerHeader
 from securetune.privacy.noise import NoiseSource
 
+SHORT = timedelta(seconds=3)
 HEADER = LedgerHeader(
     noise_multiplier=1.0,
     sample_rate=0.05,
@@ -88,26 +93,71 @@ def ledger(out: Path, processes: Processes) -> dict[str, object]:
 
 def late(out: Path, processes: Processes) -> dict[str, object]:
     """The last process does not come."""
-    processes = Processes(timeout=timedelta(seconds=3))
+    processes = Processes(timeout=SHORT)
     if processes.rank == processes.size - 1:
-        time.sleep(8)
+        time.sleep(2 * SHORT.total_seconds())
         return {}
+    return lost(lambda: processes.keep_pace("a step is charged"))
+
+
+def slow(out: Path, processes: Processes) -> dict[str, object]:
+    """The first process works for much longer than the longest wait."""
+
+    def work() -> list[int]:
+        time.sleep(2 * SHORT.total_seconds())
+        return [processes.rank]
+
+    processes = Processes(timeout=SHORT)
+    return {"first": processes.on_first(work), "after": processes.most(processes.rank)}
+
+
+def stopped(out: Path, processes: Processes) -> dict[str, object]:
+    """The first process hangs in its work, with all its threads, and comes back too late."""
+
+    def work() -> None:
+        awake = f"sleep {2 * SHORT.total_seconds()}; kill -CONT {os.getpid()}"
+        subprocess.Popen(["sh", "-c", awake])
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    processes = Processes(timeout=SHORT)
+    return lost(lambda: processes.on_first(work))
+
+
+def gone(out: Path, processes: Processes) -> dict[str, object]:
+    """The first process ends in the middle of its work."""
+
+    def work() -> None:
+        time.sleep(1.0)
+        os._exit(0)
+
+    processes = Processes()
+    return lost(lambda: processes.on_first(work))
+
+
+def lost(wait: Callable[[], object]) -> dict[str, object]:
+    """Return what a process says that waits for nothing, and after how many seconds."""
     started = time.monotonic()
     try:
-        processes.keep_pace("a step is charged")
+        wait()
     except MachineError as error:
         return {"error": str(error), "seconds": time.monotonic() - started}
     return {"error": None}
 
 
+SCENARIOS = (agree, fail, ledger, slow, late, stopped, gone)
+
+
 def main() -> None:
-    """Run the scenario, and write what each process found."""
-    out, scenario = Path(sys.argv[1]), sys.argv[2]
+    """Run the scenarios, and write what each process found."""
+    out, names = Path(sys.argv[1]), sys.argv[2:]
     dist.init_process_group("gloo")
     processes = Processes()
-    found = {"agree": agree, "fail": fail, "ledger": ledger, "late": late}[scenario](out, processes)
-    (out / f"{scenario}-{processes.rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()  # else gloo's threads may end the interpreter with an abort
+    for scenario in SCENARIOS:
+        if scenario.__name__ in names:
+            dist.barrier()  # new groups wait briefly for each other
+            found = scenario(out, processes)
+            (out / f"{scenario.__name__}-{processes.rank}.json").write_text(json.dumps(found))
+    os._exit(0)  # lost groups cannot be parted from
 
 
 if __name__ == "__main__":

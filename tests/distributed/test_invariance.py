@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.distributed.invariance_worker import train
-from tests.distributed.launching import load_result, torchrun
+from tests.distributed.launching import group_of_one, load_result, torchrun
 
 STRATEGIES = ("ddp", "ddp-wrapped", "fsdp2")
 CASES = (
@@ -20,6 +20,9 @@ def alone():
 
 
 def launch(folder, processes):
+    if processes == 1:
+        with group_of_one():
+            return {case: train(*case.rsplit("-", 2)[:2], int(case[-1])) for case in CASES}
     found = torchrun(processes, "-m", "tests.distributed.invariance_worker", str(folder), *CASES)
     assert found.returncode == 0, found.stderr[-4000:]
     return {case: load_result(folder / f"{case}-{processes}.pt") for case in CASES}

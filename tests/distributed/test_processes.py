@@ -8,6 +8,7 @@ import pytest
 from securetune.privacy.ledger import read_ledger
 from securetune.privacy.noise import NoiseSource, SecretKey
 from tests.distributed.launching import torchrun
+from tests.distributed.processes_worker import SCENARIOS, SHORT
 
 SIZE = 3
 
@@ -15,11 +16,13 @@ SIZE = 3
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
+    names = [scenario.__name__ for scenario in SCENARIOS]
+    found = torchrun(SIZE, "-m", "tests.distributed.processes_worker", str(folder), *names)
+    assert found.returncode == 0, found.stderr[-4000:]
 
-    def run(scenario, size=SIZE):
-        found = torchrun(size, "-m", "tests.distributed.processes_worker", str(folder), scenario)
-        assert found.returncode == 0, found.stderr[-4000:]
-        return [json.loads((folder / f"{scenario}-{rank}.json").read_text()) for rank in range(size)]
+    def run(scenario):
+        texts = [folder / f"{scenario}-{rank}.json" for rank in range(SIZE)]
+        return [json.loads(path.read_text()) for path in texts if path.exists()]
 
     run.folder = folder
     return run
@@ -62,7 +65,29 @@ def test_a_process_that_does_not_come_is_named(launch):
     for one in found[:-1]:
         assert "before a step is charged" in one["error"]
         assert "--resume" in one["error"]
-        assert one["seconds"] < 7
+        assert one["seconds"] < 2 * SHORT.total_seconds()
+
+
+def test_the_first_may_work_for_longer_than_the_longest_wait(launch):
+    assert launch("slow") == [{"first": [0], "after": SIZE - 1}] * SIZE
+
+
+def test_a_first_that_hangs_ends_the_others_in_time(launch):
+    first, *others = launch("stopped")
+    assert first["error"] is not None
+    assert len(others) == SIZE - 1
+    for one in others:
+        assert "lost another process while sharing" in one["error"]
+        assert "--resume" in one["error"]
+        assert one["seconds"] < 2 * SHORT.total_seconds()
+
+
+def test_a_first_that_is_gone_ends_the_others_at_once(launch):
+    others = launch("gone")
+    assert len(others) == SIZE - 1
+    for one in others:
+        assert "lost another process while sharing" in one["error"]
+        assert one["seconds"] < 30
 
 
 class TestSecretKey:

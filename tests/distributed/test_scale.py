@@ -13,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import scale_tables
 from benchmarks._clusters import DGX_H100
 from benchmarks._harness import OutputsDiffer
-from benchmarks._scale import Call, calls_of, expected_padding, predict, seconds_of, shape_of
+from benchmarks._scale import Call, calls_of, expected_padding, predict, seconds_of
+from benchmarks._scale import Strategy as EngineName
+from benchmarks._shapes import shape_of
 from benchmarks._workers import CountCollectives, run_workers
 from benchmarks.bench_dp_lora_step import ledger_header
-from benchmarks.bench_scale import Engine, large_shapes, same_calls
+from benchmarks.bench_scale import large_shapes, same_calls
 from securetune.data.collate import length_buckets
 from securetune.privacy.clipping import FlatClipping
 from securetune.privacy.distributed import Processes, SharedLedger
@@ -25,6 +27,7 @@ from securetune.privacy.sampling import PoissonSampler
 from securetune.privacy.step import PrivateStep
 from securetune.training.loop import Trainer, share_of
 from securetune.training.strategy import Strategy
+from tests.distributed.launching import group_of_one
 from tests.per_sample_oracle import random_parameters
 from tests.tiny import tiny_llama
 from tests.unit.training.tiny_head import make_examples, make_head
@@ -32,6 +35,7 @@ from tests.unit.training.tiny_head import make_examples, make_head
 CPU = torch.device("cpu")
 KEY = bytes(range(32))
 MICRO_BATCH_TOKENS = 24
+STEPS = 5
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "scale.md"
 
 
@@ -39,21 +43,28 @@ def make_model(kind: str) -> Any:
     """A head with adapters, or all of the base model trained but its output layer."""
     if kind == "lora":
         return make_head(dtype=torch.float32)
-    model = random_parameters(tiny_llama(tie_word_embeddings=False))
+    is_wide = kind in ("wide", "freed")  # so that ZeRO-3 does not keep all of it gathered
+    model = random_parameters(
+        tiny_llama(tie_word_embeddings=False, intermediate_size=3200 if is_wide else 64)
+    )
     model.lm_head.requires_grad_(False)
     return make_head(model=model)
 
 
-def count_steps(cases: list[tuple[Engine, str]]) -> list[dict[str, Any]]:
-    """Run the training loop for two steps of each case, and count the second; in each process."""
+def count_steps(cases: list[tuple[EngineName, str]]) -> list[dict[str, Any]]:
+    """Run the training loop for some steps of each case, and count the last; in each process."""
     processes = Processes()
     return [count_step(processes, engine, kind) for engine, kind in cases]
 
 
-def count_step(processes: Processes, engine: Engine, kind: str) -> dict[str, Any]:
+def count_step(processes: Processes, engine: EngineName, kind: str) -> dict[str, Any]:
     head, examples = make_model(kind), make_examples(14)
     strategy = Strategy(engine, processes)
-    prepared = strategy.prepare(head.model, lambda parameters: torch.optim.AdamW(parameters, lr=0.01))
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "freed":
+            options = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+            patch.setattr("securetune.training.strategy._offloading", lambda _: options)
+        prepared = strategy.prepare(head.model, lambda parameters: torch.optim.AdamW(parameters, lr=0.01))
     sampler = PoissonSampler(len(examples), 0.9, key=KEY)
     with tempfile.TemporaryDirectory() as folder:
         step = PrivateStep(
@@ -76,11 +87,12 @@ def count_step(processes: Processes, engine: Engine, kind: str) -> dict[str, Any
             within=prepared.within,
             filler=examples[0],
         )
-        trainer.run_step(1)  # proves that samples are apart, which takes passes of its own
+        for number in range(1, STEPS):  # the proof that samples are apart takes passes of its own at first,
+            trainer.run_step(number)  # and ZeRO-3 learns in which order it must gather
         processes.sent.clear()
         with CountCollectives() as count:
-            trainer.run_step(2)
-    drawn = [examples[place] for place in sampler.draw(1)]
+            trainer.run_step(STEPS)
+    drawn = [examples[place] for place in sampler.draw(STEPS - 1)]
     shares = [share_of(drawn, rank, processes.size) for rank in range(processes.size)]
     micro_batches = [len(length_buckets(share, MICRO_BATCH_TOKENS)) for share in shares]
     prepared.grads.detach()
@@ -92,16 +104,29 @@ def count_step(processes: Processes, engine: Engine, kind: str) -> dict[str, Any
     }
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_formulae_are_what_real_runs_do(size):
-    cases: list[tuple[Engine, str]] = [("ddp", "lora"), ("fsdp2", "lora"), ("ddp", "full"), ("fsdp2", "full")]
-    outcomes = run_workers(count_steps, size, CPU, cases)[0]
+CASES: list[tuple[EngineName, str]] = [
+    *((name, kind) for name in ("ddp", "fsdp2", "zero1", "zero2", "zero3") for kind in ("lora", "full")),
+    ("zero3", "wide"),
+    ("zero3", "freed"),
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_formulae_are_what_real_runs_do(size, monkeypatch):
+    cases = [case for case in CASES if size > 1 or not case[0].startswith("zero")]
+    if size == 1:
+        with group_of_one():
+            outcomes = count_steps(cases)
+    else:
+        outcomes = run_workers(count_steps, size, CPU, cases)[0]
     for (engine, kind), outcome in zip(cases, outcomes, strict=True):
         shape = shape_of(make_model(kind).model, kind, tokens=8)
+        if kind == "freed":
+            monkeypatch.setattr("benchmarks._scale._REUSED", 0)
         calls = calls_of(engine, shape, size, outcome["micro_batches"])
         same_calls(outcome, calls)
         total = 4 * sum(parameter.entries for parameter in shape.trainable)
-        reductions = outcome["micro_batches"] if engine == "fsdp2" else 1
+        reductions = 1 if engine in ("ddp", "zero1") else outcome["micro_batches"]
         if engine == "ddp" or size > 1:
             assert outcome["sent"]["reduce_scatter"] == total * reductions
 

@@ -10,7 +10,10 @@ from tests.distributed.trainer_worker import train
 from tests.unit.training.tiny_head import make_examples
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-KINDS = ("adversarial", "few", "adaptive", "per_layer", "full", "gpt2", "qwen3", "mixtral")
+KINDS = (
+    *("adversarial", "full"),  # with one micro-batch and with several; the others with several
+    *("plain", "users", "few", "adaptive", "per_layer", "gpt2", "qwen3", "mixtral"),
+)
 # what changes memory and time, not the result: each with the kind that it must agree with
 SAVINGS = {
     "checkpointed": "full",
@@ -19,10 +22,12 @@ SAVINGS = {
     "offloaded": "full",
 }
 CASES = [
-    *(f"{name}-{kind}-{tokens}" for name in STRATEGIES for kind in KINDS for tokens in (40, 1000)),
-    *(f"{name}-{kind}-40" for name in STRATEGIES for kind in SAVINGS if (name, kind) != ("ddp", "offloaded")),
+    *(f"{name}-{kind}-40" for name in STRATEGIES for kind in (*KINDS, *SAVINGS)),
+    *(f"{name}-{kind}-1000" for name in STRATEGIES for kind in KINDS[:2]),
 ]
-BFLOAT16 = [f"{name}-bfloat16-{tokens}" for name in STRATEGIES for tokens in (40, 1000)]
+CASES.remove("ddp-offloaded-40")
+BFLOAT16 = [f"{name}-bfloat16-40" for name in STRATEGIES]
+MANY = [case for case in CASES if case.split("-")[1] in ("adversarial", "full", "users", "few")]
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +35,36 @@ def alone():
     return {kind: train(Strategy(), kind, 1000) for kind in (*KINDS, "bfloat16")}
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def folder(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp("loop")
-    found = torchrun(
-        request.param, "-m", "tests.distributed.trainer_worker", str(out), *CASES, *BFLOAT16, timeout=600
-    )
+def launch(out, processes, cases):
+    found = torchrun(processes, "-m", "tests.distributed.trainer_worker", str(out), *cases, timeout=600)
     assert found.returncode == 0, found.stderr[-4000:]
     return out
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_run_is_that_of_one_process(folder, alone, case):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("loop"), 2, [*CASES, *BFLOAT16])
+
+
+def check(folder, alone, case):
     kind = case.split("-")[1]
     found, expected = load_result(folder / f"{case}.pt"), alone[SAVINGS.get(kind, kind)]
     assert list(found) == list(expected)
     assert len(set(expected["samples"].tolist())) > 1  # some samples do not divide by the processes
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=2e-5, atol=2e-6, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_run_is_that_of_one_process(folder, alone, case):
+    check(folder, alone, case)
+
+
+@pytest.mark.slow
+def test_the_run_of_four_processes_is_that_of_one(tmp_path, alone):
+    launch(tmp_path, 4, MANY)
+    for case in MANY:
+        check(tmp_path, alone, case)
 
 
 @pytest.mark.parametrize("case", BFLOAT16)

@@ -6,6 +6,8 @@ A case is ``strategy-kind-tokens``: ``fsdp2-adversarial-40`` has micro-batches o
 """
 
 import sys
+import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +21,15 @@ from securetune.config.schema import AdversarialConfig
 from securetune.models.checkpointing import checkpoint_layers
 from securetune.privacy.adaptive_clipping import AdaptiveClipping
 from securetune.privacy.clipping import Clipping, FlatClipping, PerLayerClipping
-from securetune.privacy.distributed import Processes
+from securetune.privacy.distributed import Processes, SharedLedger
+from securetune.privacy.ledger import Ledger as LedgerOnDisk
+from securetune.privacy.ledger import LedgerHeader
+from securetune.privacy.matrix_factorization import CorrelatedNoise, MatrixMechanism, WholeRunCharge
 from securetune.privacy.noise import NoiseSource
+from securetune.privacy.participation import EpochOrderSampler
 from securetune.privacy.sampling import PoissonSampler
 from securetune.privacy.step import PrivateStep
+from securetune.privacy.units import UserSampler
 from securetune.training.loop import Adversary, Trainer, make_optimizer
 from securetune.training.strategy import Strategy
 from tests.sample_recipe import sample_recipe
@@ -45,6 +52,7 @@ LAYERS = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
+UNATTACKED = ("plain", "users")  # a micro-batch is then one forward pass, which ZeRO-3 foresees
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 FAMILIES = {
     "gpt2": lambda: transformers.GPT2Config(
@@ -64,13 +72,31 @@ def make_clipping(kind: str) -> Clipping:
 
 def make_whole(kind: str) -> nn.Module | None:
     """Make a model that is trained in full, with a tied output layer; None for adapters on the usual one."""
-    if kind in ("full", "checkpointed", "twice", "offloaded"):
+    if kind in ("full", "users", "checkpointed", "twice", "offloaded"):
         return tiny_llama()
     if kind not in FAMILIES:
         return None
     config = FAMILIES[kind]()
     config.tie_word_embeddings = True
     return tiny_model(config)
+
+
+def open_ledger(processes: Processes | None) -> LedgerOnDisk:
+    """Open a new ledger of users that pays for one mechanism, whose file the first process writes."""
+    header = LedgerHeader(
+        unit="user",
+        max_records_per_unit=2,
+        sampler="fixed order",
+        sample_rate=1.0,
+        noise_multiplier=SIGMA,
+        max_grad_norm=0.5,
+        delta=1e-5,
+        expected_batch_size=4,
+        planned_steps=1,
+        reportable_epsilon=False,
+    )
+    path = Path(tempfile.mkdtemp()) / "ledger.jsonl"
+    return LedgerOnDisk(path, header) if processes is None else SharedLedger(path, header, processes)
 
 
 def train(strategy: Strategy, kind: str, tokens: int) -> dict[str, Tensor]:
@@ -84,11 +110,23 @@ def train(strategy: Strategy, kind: str, tokens: int) -> dict[str, Tensor]:
             parameter.data = parameter.data.float()
     if kind in ("checkpointed", "adapters_checkpointed", "twice"):
         checkpoint_layers(head.model)
-    adversary = Adversary(head, AdversarialConfig(method="pgd", radius=0.1, steps=2), seed=1)
+    adversary = None
+    if kind not in UNATTACKED:
+        adversary = Adversary(head, AdversarialConfig(method="pgd", radius=0.1, steps=2), seed=1)
     recipe = sample_recipe({"training.learning_rate": 0.01})
     passes = 2 if kind == "twice" else 1
     prepared = strategy.prepare(head.model, partial(make_optimizer, recipe), passes=passes)
-    adversary.within = prepared.within
+    if adversary is not None:
+        adversary.within = prepared.within
+    sampler = PoissonSampler(len(examples), 0.3, key=KEY)
+    noise, ledger, charged = NoiseSource(KEY), Ledger(SIGMA), None
+    if kind == "users":
+        examples = [replace(one, user_id=f"user{index % 5}") for index, one in enumerate(examples)]
+        order = EpochOrderSampler(5, 2, steps=STEPS, key=KEY)
+        sampler = UserSampler([one.user_id for one in examples], order, max_records_per_user=2, key=KEY)
+        noise = CorrelatedNoise(MatrixMechanism(participation=order.participation, bands=2), KEY)
+        charged = open_ledger(strategy.processes)
+        ledger = WholeRunCharge(charged, noise.mechanism)
     clipping = make_clipping(kind)
     step = PrivateStep(
         prepared.grads,
@@ -96,14 +134,14 @@ def train(strategy: Strategy, kind: str, tokens: int) -> dict[str, Tensor]:
         clipping=clipping,
         noise_multiplier=SIGMA,
         expected_batch_size=4,
-        noise=NoiseSource(KEY),
-        ledger=Ledger(SIGMA),  # pyright: ignore[reportArgumentType]
+        noise=noise,
+        ledger=ledger,  # pyright: ignore[reportArgumentType]
         reduction=prepared.reduction,
     )
     trainer = Trainer(
         head,
         step,
-        PoissonSampler(len(examples), 0.3, key=KEY),
+        sampler,
         examples,
         micro_batch_tokens=tokens,
         adversary=adversary,
@@ -112,6 +150,9 @@ def train(strategy: Strategy, kind: str, tokens: int) -> dict[str, Tensor]:
         filler=examples[0],
     )
     results = [trainer.run_step(number) for number in range(1, STEPS + 1)]
+    if charged is not None:
+        assert charged.state.steps_charged == 1  # the mechanism, on every process
+        charged.close()
     told = {
         "losses": torch.tensor([float("nan") if one.loss is None else one.loss for one in results]),
         "samples": torch.tensor([one.num_samples for one in results]),

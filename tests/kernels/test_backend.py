@@ -1,6 +1,7 @@
 """Which implementation runs: by name, by environment, by device."""
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -53,6 +54,19 @@ def test_triton_by_name_on_a_cpu_raises_with_the_remedy(monkeypatch):
 
 def test_triton_by_name_without_triton_raises(monkeypatch):
     monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        resolve_backend("triton", CPU_TENSOR, op="op")
+
+
+def test_a_forbidden_triton_counts_as_missing(monkeypatch):
+    class Forbid:
+        def find_spec(self, name, path=None, target=None):
+            if name == "triton":
+                raise ImportError(name)
+
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Forbid(), *sys.meta_path])
+    assert resolve_backend("auto", CPU_TENSOR, op="op") == "torch"
     with pytest.raises(RuntimeError, match="triton is not installed"):
         resolve_backend("triton", CPU_TENSOR, op="op")
 

@@ -276,6 +276,10 @@ def test_a_step_charged_but_lost_shortens_the_run(workshop):
     refused = harden(recipe, "--resume")
     assert refused.returncode == 2
     assert "the ledger was lost or shortened" in refused.stderr
+    ledger.write_text(re.sub('"writer":"[0-9a-f]+"', '"writer":"00"', intact.decode()))
+    refused = harden(recipe, "--resume")
+    assert refused.returncode == 2
+    assert "is the ledger of another run" in refused.stderr
     ledger.write_bytes(intact)
     with ledger.open("a") as file:
         file.write('{"step": 9')  # torn by the kill: its noise may have been released

@@ -36,7 +36,7 @@ def clipped_linear_grad(
         a: ``[U, T, d]``, float32, bfloat16, float16 or float64 (torch only): inputs of the layer, any
             strides. With ``cu_seqlens``: ``[N, d]``.
         g: ``[U, T, p]``, or ``[N, p]``; same dtype: gradients of the layer's outputs.
-        factors: ``[U]``, float32 or float64: weight of each unit.
+        factors: ``[U]``, float32 or float64 (torch only): weight of each unit.
         out: ``[p, d]``, float32 or float64 (torch only), any strides: added to in place.
         cu_seqlens: ``[U + 1]``, int32 or int64, from 0 to ``N``: the units' tokens, packed without padding.
             Their values are checked, which waits for the device; ``Segments`` checked once per batch save

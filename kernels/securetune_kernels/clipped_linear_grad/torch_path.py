@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._linear import Segments
 from ..numerics import full_precision
+from ..products import add_product
 
 
 def clipped_linear_grad_torch(
@@ -25,4 +26,4 @@ def clipped_linear_grad_torch(
     else:
         g = g * factors[:, None, None]
     with full_precision():
-        out.addmm_(g.flatten(0, 1).t(), a.flatten(0, 1))
+        add_product(out, g.flatten(0, 1), a.flatten(0, 1))

@@ -7,6 +7,7 @@ a process that waits there for too long learns whom it waits for, which is what 
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -23,6 +24,11 @@ from securetune.privacy.noise import KEY_BYTES, SecretKey
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 _LENGTH_BYTES = 8
 _HEAD_BYTES = 1024  # what is shared is rarely longer, and is sent at once with its length
+_BUSY = (1 << 8 * _LENGTH_BYTES) - 1  # as a length: the first process is still at work
+_BEATS = 4  # signs of life within the longest wait
+# Padding costs bytes, and each further collective a message from process to process, all around the ring.
+_WORTH_A_MESSAGE = 1 << 16  # entries that are sent in the time of a message
+_MOST_PADDED = 1 << 26  # entries of what is padded to more than twice its length: 256 MiB of float32
 
 
 class Processes:
@@ -97,7 +103,7 @@ class Processes:
             dist.reduce_scatter_tensor(out, whole, group=self._group)
             return out
         longest = max(sizes)
-        if self.size * longest >= 2 * len(whole):  # padding would move twice as much, or more
+        if sums_part_by_part(sizes):
             parts = whole.split(list(sizes))
             for rank, part in enumerate(parts):
                 if len(part):
@@ -175,8 +181,11 @@ class Processes:
     def on_first(self, function: Callable[[], Any]) -> Any:
         """Run a function on the first process, and end all of them alike if it fails.
 
+        The others wait for as long as the first process lives and its interpreter runs, however long the
+        function takes; once it is gone, they end as after any other lost contact.
+
         Args:
-            function: Returns something JSON-able.
+            function: Returns something JSON-able; calls no collective.
 
         Returns:
             What it returned, on all processes.
@@ -187,11 +196,12 @@ class Processes:
         outcome: dict[str, Any] = {}
         caught: BaseException | None = None
         if self.rank == 0:
-            try:
-                outcome = {"value": function()}
-            except BaseException as error:
-                caught = error
-                outcome = {"error": type(error).__name__, "message": str(error)}
+            with self._signs_of_life():
+                try:
+                    outcome = {"value": function()}
+                except BaseException as error:
+                    caught = error
+                    outcome = {"error": type(error).__name__, "message": str(error)}
         outcome = self.share(outcome)
         if caught is not None:
             raise caught
@@ -199,6 +209,30 @@ class Processes:
             kind = getattr(errors, outcome["error"], MachineError)
             raise kind(f"process 0: {outcome['message']}")
         return outcome["value"]
+
+    @contextlib.contextmanager
+    def _signs_of_life(self) -> Iterator[None]:
+        """Tell the others, who wait in :meth:`share`, from time to time that this process is at work."""
+        if self.size == 1:
+            yield
+            return
+        done = threading.Event()
+        interval = self._timeout.total_seconds() / _BEATS
+
+        def beat() -> None:
+            message = _BUSY.to_bytes(_LENGTH_BYTES, "big").ljust(_HEAD_BYTES)
+            # a process that is lost fails what is shared at last too, which says so
+            with contextlib.suppress(MachineError):
+                while not done.wait(interval):
+                    self.share_secret(message, _HEAD_BYTES)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def share(self, value: Any) -> Any:
         """Give a JSON-able value of the first process to all of them; no pickle travels.
@@ -213,10 +247,12 @@ class Processes:
             return value
         text = json.dumps(value).encode() if self.rank == 0 else b""
         message = len(text).to_bytes(_LENGTH_BYTES, "big") + text
-        head = self.share_secret(
-            message[:_HEAD_BYTES].ljust(_HEAD_BYTES) if self.rank == 0 else None, _HEAD_BYTES
-        )
-        length = int.from_bytes(head[:_LENGTH_BYTES], "big")
+        head, length = b"", _BUSY
+        while length == _BUSY:
+            head = self.share_secret(
+                message[:_HEAD_BYTES].ljust(_HEAD_BYTES) if self.rank == 0 else None, _HEAD_BYTES
+            )
+            length = int.from_bytes(head[:_LENGTH_BYTES], "big")
         found, missing = head[_LENGTH_BYTES:][:length], _LENGTH_BYTES + length - _HEAD_BYTES
         if missing > 0:
             found += self.share_secret(message[_HEAD_BYTES:] if self.rank == 0 else None, missing)
@@ -255,6 +291,24 @@ class Processes:
 
     def _count(self, kind: str, tensor: Tensor) -> None:
         self.sent[kind] = self.sent.get(kind, 0) + tensor.numel() * tensor.element_size()
+
+
+def sums_part_by_part(sizes: Sequence[int]) -> bool:
+    """Say whether parts of these lengths are added up one by one, since padding them would take longer.
+
+    Args:
+        sizes: Length of each process' part; equal ones need no padding.
+
+    Returns:
+        Whether they are; else all parts are padded to the longest and added up at once.
+    """
+    whole, padded = sum(sizes), len(sizes) * max(sizes)
+    further_calls = sum(size > 0 for size in sizes) - 1
+    if padded == whole:
+        return False
+    if padded > max(2 * whole, _MOST_PADDED):
+        return True
+    return padded - whole >= further_calls * len(sizes) * _WORTH_A_MESSAGE
 
 
 def _missing_ranks(message: str) -> str:

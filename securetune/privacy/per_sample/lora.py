@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from securetune.errors import PrivacyError
-from securetune.privacy.per_sample.frozen import FrozenLinearPath, frozen_linear
+from securetune.privacy.per_sample.frozen import FrozenLinearPath
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
 from securetune.privacy.per_sample.paths import Path, refuse_plain_backward, trains_now
-from securetune_kernels import Adapter, lora_per_sample_grads
+from securetune_kernels import Adapter, lora_per_sample_grads, products
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -128,7 +128,7 @@ class _LinearWithAdapter(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, path: LoraPath
     ) -> Tensor:
-        y = frozen_linear(x, weight, bias)
+        y = products.linear(x, weight, bias)
         a, b = a.to(y.dtype), b.to(y.dtype)
         h = _to_rank(x.reshape(-1, x.shape[-1]), a)  # [B T, r]
         y.view(-1, y.shape[-1]).addmm_(h, b.t(), alpha=path.layer.scaling)
@@ -145,7 +145,7 @@ class _LinearWithAdapter(torch.autograd.Function):
         ctx.path.record(x, h, g, g_low)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = frozen_linear(g2, weight.t()).addmm_(g_low, a).view(x.shape)
+            dx = products.linear(g2, weight.t()).addmm_(g_low, a).view(x.shape)
         return dx, None, None, None, None, None
 
 

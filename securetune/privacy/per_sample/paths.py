@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.gradients import TrainableParameter
 from securetune.privacy.per_sample.positions import Positions
-from securetune_kernels import per_sample_sums
+from securetune_kernels import per_sample_sums, products
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -176,7 +176,7 @@ class _Multiply(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.is_transposed, ctx.dtype = is_transposed, x.dtype
-        return functional.linear(x, weight.t() if is_transposed else weight, bias)
+        return products.linear(x, weight.t() if is_transposed else weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -184,8 +184,7 @@ class _Multiply(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             weight = weight.to(g.dtype)  # under autocast the layer computed with this
-            dx = g.reshape(-1, g.shape[-1]) @ (weight.t() if ctx.is_transposed else weight)
-            dx = dx.view(*g.shape[:-1], -1).to(ctx.dtype)
+            dx = products.linear(g, weight if ctx.is_transposed else weight.t()).to(ctx.dtype)
         return dx, None, None, None
 
 

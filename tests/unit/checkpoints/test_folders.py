@@ -80,7 +80,7 @@ def test_reader_refuses_what_is_not_a_plain_file(make, tmp_path):
 def test_reader_refuses_a_symlink_as_the_folder_itself(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    with pytest.raises(CheckpointError, match="not a folder"):
+    with pytest.raises(CheckpointError, match="is a symbolic link; give the folder it points to"):
         FolderReader(tmp_path / "link")
 
 

@@ -11,7 +11,9 @@ SCRIPT = """
 import json, os, pathlib, sys
 started = {"arguments": sys.argv[1:], "cpu": os.environ.get("ACCELERATE_USE_CPU")}
 pathlib.Path("started.json").write_text(json.dumps(started))
-sys.exit("--fail" in sys.argv[1])
+if "kill" in sys.argv[1]:
+    os.kill(os.getpid(), 9)
+sys.exit(int(pathlib.Path(sys.argv[1]).stem.removeprefix("--fail-")) if "--fail" in sys.argv[1] else 0)
 """
 
 
@@ -33,9 +35,12 @@ def test_launches_one_process_with_the_arguments(run_cli, fake_recipes, tmp_path
 
 
 @pytest.mark.usefixtures("fake_recipes")
-def test_a_failed_run_fails_the_command(run_cli, tmp_path):
-    (tmp_path / "--fail.yaml").write_text(recipe_text({"model.device": "cpu"}))
-    assert run_cli("train", "./--fail.yaml").code == 1
+@pytest.mark.parametrize(
+    ("name", "status"), [("--fail-1", 1), ("--fail-2", 2), ("--fail-130", 130), ("kill", 137)]
+)
+def test_the_status_of_the_run_is_that_of_the_command(run_cli, tmp_path, name, status):
+    (tmp_path / f"{name}.yaml").write_text(recipe_text({"model.device": "cpu"}))
+    assert run_cli("train", f"./{name}.yaml").code == status
 
 
 @pytest.mark.usefixtures("fake_recipes")

@@ -94,6 +94,7 @@ def test_problem_names_the_line():
         ("privacy.delta", 1, "must be < 1, got 1"),
         ("privacy.sample_rate", 1.5, "must be <= 1, got 1.5."),
         ("privacy.steps", 1.5, "must be a whole number, got 1.5."),
+        ("privacy.steps", 10**23, "must be <= 1e+06, got 100000000000000000000000."),
         ("privacy.steps", True, "must be a whole number, got true."),
         ("privacy.enabled", "yes", "must be true or false, got 'yes'."),
         ("privacy.unit", "example", "must be 'record' or 'user', got 'example'."),

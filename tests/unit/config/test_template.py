@@ -6,7 +6,7 @@ import pytest
 
 from securetune.config import parse_recipe
 from securetune.config.template import commented_yaml, recipe_template
-from securetune.errors import ConfigError, DataError
+from securetune.errors import DataError
 from tests.sample_recipe import sample_recipe
 
 
@@ -71,9 +71,18 @@ def test_unusable_data(rows, message):
         recipe_template("d.jsonl", rows)
 
 
-def test_one_label_only_is_refused():
-    with pytest.raises(ConfigError, match="at least 2 labels"):
-        recipe_template("d.jsonl", labelled(1))
+@pytest.mark.parametrize(
+    ("labels", "found"), [(["a"], "1 value;"), (["a", "", None], "1 value;"), ([None], "no values;")]
+)
+def test_one_label_only_is_refused(labels, found):
+    rows = [{"text": "t", "label": label} for label in labels]
+    with pytest.raises(DataError, match=f"column 'label' holds {found} at least 2"):
+        recipe_template("d.jsonl", rows)
+
+
+def test_a_missing_label_is_no_label():
+    recipe = parse_recipe(recipe_template("d.csv", [*labelled(10), {"text": "t", "label": ""}]), "t")
+    assert recipe.data.labels == ["no", "yes"]
 
 
 def test_every_option_is_there_with_its_description():

@@ -81,6 +81,11 @@ def test_a_template_that_hides_the_origin_is_refused_without_quoting_the_chat(te
     assert "patient" not in str(caught.value)
 
 
+def test_a_chat_that_begins_with_an_assistant_message_is_refused():
+    with pytest.raises(DataError, match="begins with an assistant message"):
+        render_chat(CHAT[1:2], tokenizer(CHAT_TEMPLATE))
+
+
 def test_a_tokenizer_without_template_is_refused():
     with pytest.raises(ConfigError, match="no chat template"):
         render_chat(CHAT, tokenizer(None))

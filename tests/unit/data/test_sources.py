@@ -75,6 +75,22 @@ def test_blank_lines_and_other_columns_are_passed_over(tmp_path, caplog):
     assert "columns that are not used: 'id'" in caplog.text
 
 
+def test_a_csv_file_holds_chats_as_json(tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "d.csv").write_text('messages\n"' + json.dumps(chat).replace('"', '""') + '"\n')
+    (record,) = load_records(options(tmp_path / "d.csv"), "generate")
+    assert record.messages == (Message("user", "a"), Message("assistant", "b"))
+    (tmp_path / "d.csv").write_text('messages\n"[{""role"": ""patient zero"","\n')
+    assert "messages must be a list of objects with role and content, got a string" in refused(
+        options(tmp_path / "d.csv"), "generate"
+    )
+
+
+def test_an_empty_label_is_located(tmp_path):
+    (tmp_path / "d.csv").write_text("text,label\na,yes\nb,\n")
+    assert "record 2 (line 3): label is empty" in refused(options(tmp_path / "d.csv"))
+
+
 def test_a_label_without_records_is_told(tmp_path, caplog):
     load_records(jsonl(tmp_path, {"text": "a", "label": "no"}), "classify")
     assert "No record has the label 'yes'" in caplog.text
@@ -197,6 +213,53 @@ def test_a_long_csv_field_is_read(tmp_path):
 def test_a_damaged_parquet_file_is_refused(tmp_path):
     (tmp_path / "d.parquet").write_bytes(b"PAR1 not really")
     assert "is not a valid Parquet file" in refused(options(tmp_path / "d.parquet"))
+
+
+def test_a_file_with_damaged_pages_is_refused(tmp_path):
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"text": ["a"] * 200, "label": ["no"] * 200}), path, compression="none")
+    content = bytearray(path.read_bytes())
+    content[10:40] = bytes(byte ^ 255 for byte in content[10:40])
+    path.write_bytes(content)
+    assert "is not a valid Parquet file" in refused(options(path))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([2**62 + 1], pa.int64()).cast(pa.timestamp("ns")),
+        pa.array([-(2**60)], pa.int64()).cast(pa.timestamp("ms")),
+    ],
+)
+def test_times_that_python_cannot_hold_are_named(tmp_path, column):
+    pq.write_table(pa.table({"text": ["a"], "label": ["no"], "when": column}), tmp_path / "d.parquet")
+    assert "column 'when' of type timestamp" in refused(options(tmp_path / "d.parquet"))
+
+
+def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"])
+    pq.write_table(table, tmp_path / "d.parquet")
+    assert "a column name appears twice" in refused(options(tmp_path / "d.parquet"))
+
+
+def test_folder_names_add_no_columns(tmp_path, caplog):
+    folder = tmp_path / "when=2020"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["a"], "label": ["no"]}), folder / "d.parquet")
+    assert len(load_records(options(folder / "d.parquet"), "classify")) == 1
+    assert "when" not in caplog.text.replace(str(tmp_path), "")
+
+
+def test_half_a_surrogate_pair_in_a_label_is_located(tmp_path):
+    assert "record 1 (line 1): the label holds half" in refused(
+        jsonl(tmp_path, '{"text": "a", "label": "\\ud800"}')
+    )
+
+
+def test_a_number_with_too_many_digits_is_located(tmp_path):
+    assert "line 1: holds a whole number of more digits" in refused(
+        jsonl(tmp_path, f'{{"text": "a", "label": {"9" * 5000}}}')
+    )
 
 
 def test_half_a_surrogate_pair_is_located(tmp_path):

@@ -1,79 +1,23 @@
-"""Products with frozen weights: right whatever library computes them, and seen through by gradients."""
+"""Frozen layers by the faster library: seen through by gradients."""
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
-from securetune.privacy.per_sample import PerSampleGradients, frozen
-from securetune.privacy.per_sample.frozen import FrozenLinearPath, frozen_linear, onednn_speedup
-
-needs_onednn = pytest.mark.skipif(
-    onednn_speedup(torch.get_num_threads()) == 0, reason="this build of torch has no oneDNN operator"
-)
+from securetune.privacy.per_sample import PerSampleGradients
+from securetune.privacy.per_sample.frozen import FrozenLinearPath
+from securetune_kernels import products
 
 
 @pytest.fixture(params=["own", "onednn"])
 def library(request, monkeypatch):
     """Take torch's own products, or oneDNN's for any size."""
     is_onednn = request.param == "onednn"
-    if is_onednn and onednn_speedup(torch.get_num_threads()) == 0:
+    if is_onednn and products.onednn_speedup(torch.get_num_threads()) == 0:
         pytest.skip("this build of torch has no oneDNN operator")
-    monkeypatch.setattr(frozen, "onednn_speedup", lambda _: 2.0 if is_onednn else 0.0)
-    monkeypatch.setattr(frozen, "_WORTHWHILE", 0)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: is_onednn)
+    monkeypatch.setattr(products, "_WORTHWHILE", 1)
     return request.param
-
-
-def random(*shape, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
-
-
-@pytest.mark.parametrize("leading", [(), (1,), (7,), (2, 3), (3, 1, 65)])
-@pytest.mark.parametrize(("d", "p"), [(1, 1), (17, 5), (64, 129)])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_product_is_as_close_to_the_truth_as_torchs(library, leading, d, p, with_bias):
-    x, weight, bias = random(*leading, d), random(p, d), random(p) if with_bias else None
-    truth = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    plain = functional.linear(x, weight, bias)
-    actual = frozen_linear(x, weight, bias)
-    scale = truth.abs().max()
-    assert actual.shape == truth.shape
-    assert (actual - truth).abs().max() <= (plain - truth).abs().max() + 1e-6 * scale
-
-
-def test_transposed_weight_gives_the_input_gradient(library):
-    g, weight = random(2, 33, 48), random(48, 20)
-    torch.testing.assert_close(frozen_linear(g, weight.t()), g @ weight)
-
-
-def test_input_that_is_not_contiguous(library):
-    x, weight = random(20, 33).t(), random(12, 20)
-    torch.testing.assert_close(frozen_linear(x, weight), x.contiguous() @ weight.t())
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_take_torchs_own_product(library, dtype):
-    x, weight = random(4, 6).to(dtype), random(5, 6).to(dtype)
-    assert torch.equal(frozen_linear(x, weight), functional.linear(x, weight))
-
-
-def test_small_products_take_torchs_own(monkeypatch):
-    monkeypatch.setattr(frozen, "_by_onednn", lambda *_: pytest.fail("too small to pay"))
-    frozen_linear(random(4, 8), random(8, 8))
-
-
-@pytest.mark.parametrize("problem", ["missing", "wrong", "of another shape", "refused"])
-def test_an_operator_that_is_not_as_expected_is_not_used(monkeypatch, problem):
-    def replacement(x, weight, bias):
-        if problem == "missing":
-            return torch.ops.mkldnn._there_is_no_such_operator(x, weight, bias)
-        if problem == "refused":
-            raise RuntimeError("unsupported")
-        y = functional.linear(x, weight, bias)
-        return y * 1.001 if problem == "wrong" else y[None]
-
-    monkeypatch.setattr(frozen, "_by_onednn", replacement)
-    assert onednn_speedup.__wrapped__(1) == 0.0
 
 
 class Adapted(nn.Module):
@@ -128,8 +72,3 @@ def test_detach_gives_frozen_layers_their_own_forward_back(library):
     assert "forward" in model.below.__dict__
     grads.detach()
     assert "forward" not in model.below.__dict__
-
-
-@needs_onednn
-def test_speedup_is_measured():
-    assert onednn_speedup.__wrapped__(torch.get_num_threads()) > 0

@@ -65,6 +65,15 @@ def test_lost_key_of_the_split_is_never_replaced(tmp_path):
             run.secret("split")
 
 
+@pytest.mark.parametrize("content", ["", "00", "zz" * 32, "0" * 65, "\u00e9"])
+def test_a_damaged_key_of_the_split_is_refused(tmp_path, content):
+    with RunFolder.open(recipe(tmp_path), resume=False) as run:
+        run.secret("split")
+        (run.keys / "split.key").write_text(content)
+        with pytest.raises(ConfigError, match=r"split\.key is damaged"):
+            run.secret("split")
+
+
 def test_folder_of_no_run_has_no_key(tmp_path):
     with pytest.raises(ConfigError, match="is missing"):
         RunFolder(tmp_path / "nowhere").secret("split")
