@@ -245,7 +245,7 @@ class TrainingConfig(Section):
     method: Literal["lora", "full"] = "lora"
     """`lora`: small adapters beside the frozen base model. `full`: all weights of the model, as float32
     whatever its format; about 16 bytes of memory for each, and a checkpoint as large as the model."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, le=1000)
     """Step size of Adam."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay: each step multiplies what is trained by 1 - learning_rate * weight_decay. It
