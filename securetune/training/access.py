@@ -14,6 +14,7 @@ from securetune.checkpoints import (
     Vault,
     generate_recipient_key,
     generate_signing_key,
+    load_identity,
     load_passphrase,
     load_public_key,
     load_recipient,
@@ -127,16 +128,21 @@ def _demo_access(run: RunFolder) -> Access:
     identity, signer, passphrase = (
         run.keys / name for name in ("recipient.key", "publisher.key", "passphrase.txt")
     )
-    if not identity.exists():
-        generate_recipient_key(identity)
-    if not signer.exists():
-        generate_signing_key(signer)
+    for path, generate in ((identity, generate_recipient_key), (signer, generate_signing_key)):
+        if path.exists():
+            continue
+        if path.with_name(path.name + ".pub").exists():
+            raise ConfigError(
+                f"{path} is gone, which this run's checkpoints need. Restore it, or start a new run in another "
+                "folder."
+            )
+        generate(path)
     if not passphrase.exists():
         write_atomic(passphrase, secrets.token_urlsafe(24) + "\n")
     signing_key = load_signing_key(signer)
     _write_public_key(signing_key, run.public_key)
     return Access(
-        recipients=(load_recipient(identity.with_name(identity.name + ".pub")),),
+        recipients=(load_identity(identity).public_key(),),  # a kill may have left no public file
         passphrase=load_passphrase(passphrase),
         signing_key=signing_key,
         public_key=load_public_key(run.public_key),
