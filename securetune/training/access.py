@@ -133,8 +133,8 @@ def _demo_access(run: RunFolder) -> Access:
             continue
         if path.with_name(path.name + ".pub").exists():
             raise ConfigError(
-                f"{path} is gone, which this run's checkpoints need. Restore it, or start a new run in another "
-                "folder."
+                f"{path} is gone, which this run's checkpoints need. Restore it, or start a new run in "
+                "another folder."
             )
         generate(path)
     if not passphrase.exists():
