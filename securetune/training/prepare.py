@@ -71,7 +71,7 @@ def prepare_data(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizer
         The data.
 
     Raises:
-        DataError: If the records cannot be used with this recipe.
+        DataError: If the records cannot be used with this recipe, or are not those that the run began with.
         ConfigError: If the run has begun and the key of its split is gone.
     """
     data = recipe.data
@@ -80,6 +80,7 @@ def prepare_data(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizer
         loaded = drop_conflicting(loaded)
     unique = deduplicate(loaded, method=data.deduplicate, is_protected=recipe.privacy.enabled)
     key = run.secret("split")
+    _refuse_other_records(unique.records, run, key)
     split = split_held_out(
         unique.records, fraction=data.held_out_fraction, key=key, min_held_out=data.min_held_out
     )
@@ -113,6 +114,19 @@ def prepare_data(recipe: Recipe, run: RunFolder, tokenizer: "PreTrainedTokenizer
         shared=shared,
         validation=_validation(recipe, unique.records, held_out, tokenizer),
     )
+
+
+def _refuse_other_records(records: Sequence[Record], run: RunFolder, key: bytes) -> None:
+    ids = "\n".join(sorted(record.unit_id for record in records))
+    digest = hmac.new(key, ids.encode(), hashlib.sha256).hexdigest()  # tells nothing without the key
+    if not run.has_begun:
+        run.save("records", digest)
+    elif run.has("records") and run.load("records") != digest:
+        raise DataError(
+            f"data.private: the {len(records):,} records are not those that the run in {run.root} began with, "
+            "so its steps and figures would be about different data. Give the same records, in any order, or "
+            "start a new run in another folder."
+        )
 
 
 def count_units(recipe: Recipe, records: Sequence[Record]) -> int:

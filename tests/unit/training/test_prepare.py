@@ -77,3 +77,21 @@ def test_public_records_that_are_all_too_long_are_refused(workshop):
             on_overlong="drop",
             **public,
         )
+
+
+def test_other_records_than_the_run_began_with_are_refused(workshop):
+    lines = (workshop / "labelled.jsonl").read_text().splitlines()
+    path = workshop / "changing.jsonl"
+    source = {"private": {"path": str(path)}}
+
+    def prepare_these(lines):
+        path.write_text("\n".join(lines))
+        return prepare(workshop, "changing", {"method": "none"}, **source)
+
+    prepare_these(lines[:-1])
+    first = prepare_these(lines)  # nothing was trained yet
+    (workshop / "changing" / "ledger.jsonl").touch()
+    again = prepare_these(lines[::-1])
+    assert {example.unit_id for example in again.train} == {example.unit_id for example in first.train}
+    with pytest.raises(DataError, match="not those that the run in .* began with"):
+        prepare_these(lines[:-1])
