@@ -93,5 +93,5 @@ def test_other_records_than_the_run_began_with_are_refused(workshop):
     (workshop / "changing" / "ledger.jsonl").touch()
     again = prepare_these(lines[::-1])
     assert {example.unit_id for example in again.train} == {example.unit_id for example in first.train}
-    with pytest.raises(DataError, match="not those that the run in .* began with"):
+    with pytest.raises(DataError, match=r"not those that the run in .* began with"):
         prepare_these(lines[:-1])
