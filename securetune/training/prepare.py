@@ -124,8 +124,8 @@ def _refuse_other_records(records: Sequence[Record], run: RunFolder, key: bytes)
     elif run.has("records") and run.load("records") != digest:
         raise DataError(
             f"data.private: the {len(records):,} records are not those that the run in {run.root} began "
-            "with, so its steps and figures would be about different data. Give the same records, in any order, or "
-            "start a new run in another folder."
+            "with, so its steps and figures would be about different data. Give the same records, in any "
+            "order, or start a new run in another folder."
         )
 
 
