@@ -177,9 +177,14 @@ class NoiseSource:
             low, high = max(word, start), min(end, start + count)
             out[low - start : high - start] = normals[low - word : high - word]
 
+        chunks, threads = range(first_word, last_word, _CHUNK_WORDS), torch.get_num_threads()
+        if min(threads, len(chunks)) <= 1:  # a thread's first operation of torch costs milliseconds
+            for word in chunks:
+                fill(word)
+            return torch.from_numpy(out)
         # the address decides each value, so chunks may be drawn in any order and in parallel
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for _ in pool.map(fill, range(first_word, last_word, _CHUNK_WORDS)):
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(fill, chunks):
                 pass
         return torch.from_numpy(out)
 
