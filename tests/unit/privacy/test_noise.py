@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from securetune.errors import PrivacyError
+from securetune.privacy import noise
 from securetune.privacy.noise import MAX_INDEX, NoiseSource, box_muller, keystream_words
 
 KEY = bytes(range(32))
@@ -244,3 +245,12 @@ def test_values_out_of_range_are_refused(arguments, message):
 def test_short_key_is_refused():
     with pytest.raises(ValueError, match="key must be 32 bytes, got 16"):
         NoiseSource(bytes(16))
+
+
+def test_noise_of_a_small_shard_starts_no_thread(monkeypatch):
+    """A shard's many small draws would each pay for a new thread's first operation of torch."""
+    monkeypatch.setattr(noise, "ThreadPoolExecutor", lambda *_: pytest.fail("a thread was started"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    source = NoiseSource(bytes(32))
+    drawn = source.normal(step=0, start=5, count=2048, stddev=1.0)
+    assert torch.equal(drawn[3:], source.normal(step=0, start=8, count=2045, stddev=1.0))
