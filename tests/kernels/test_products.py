@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from securetune_kernels import products
+from securetune_kernels import clipped_linear_grad, products
 from securetune_kernels.products import add_product, linear, onednn_speedup
 
 needs_onednn = pytest.mark.skipif(
@@ -76,6 +76,25 @@ def test_added_product_goes_into_a_part_of_a_larger_tensor(library):
     add_product(whole[:, 2:7], g, a)
     torch.testing.assert_close(whole[:, 2:7], g.t() @ a)
     assert whole[:, :2].count_nonzero() == whole[:, 7:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("library", ["onednn"], indirect=True)
+def test_lower_matmul_precision_does_not_reach_a_clipped_sum(library, monkeypatch):
+    """By the setting, since not every CPU rounds at a lower one."""
+    own, seen, run = torch.backends.mkldnn.matmul, [], products._by_onednn
+
+    def spy(*args):
+        seen.append(own.fp32_precision)
+        return run(*args)
+
+    monkeypatch.setattr(products, "_by_onednn", spy)
+    before = own.fp32_precision
+    own.fp32_precision = "bf16"
+    try:
+        clipped_linear_grad(random(4, 16, 32), random(4, 16, 64), torch.rand(4), torch.zeros(64, 32))
+    finally:
+        own.fp32_precision = before
+    assert set(seen) == {"ieee"}
 
 
 def test_autocast_decides_before_the_library(library):
