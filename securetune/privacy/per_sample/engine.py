@@ -299,10 +299,9 @@ class PerSampleGradients:
         """Whether the running pass only proves that samples are isolated, and records nothing."""
         return self._isolation.is_running
 
-    @property
-    def batch_rows(self) -> int | None:
-        """Number of samples in the running forward pass, where a module's arguments told."""
-        return self._watch.batch_rows
+    def rows_to_look_up(self, ids: Tensor) -> int | None:
+        """Number of rows that share ids ``[T]`` or ``[1, T]``, where the running forward pass told."""
+        return self._watch.rows_to_look_up(ids)
 
     @property
     def nearest_rows(self) -> int | None:
@@ -428,8 +427,8 @@ class PerSampleGradients:
 
     def _prove_isolation(self, losses: Tensor) -> None:
         """Prove that samples are isolated, where this batch is the first of its kind."""
-        given = self._rows if self._watch.batch_rows is None else self._watch.batch_rows
-        if self._rows == 1 and given > 1:
+        given, seen = self._watch.given_samples, self._watch.batch_rows
+        if self._rows == 1 and given is not None and given > 1:
             raise PrivacyError(
                 f"the model got {given} rows and there is one loss. A mean or sum over the batch mixes "
                 "samples: use reduction='none' and reduce within each sample only. If all rows are one "
@@ -437,7 +436,7 @@ class PerSampleGradients:
             )
         self._isolation.run(
             self._rows,
-            (self.model.training, given / self._rows),
+            (self.model.training, 1.0 if seen is None else seen / self._rows),
             lambda rows: self._differentiate(losses, rows, retain_graph=True),
             device=losses.device,
             agree_on_most=self.agree_on_most,

@@ -197,7 +197,7 @@ class EmbeddingPath(Path):
 
     def run(self, ids: Tensor) -> Tensor:
         """Run the lookup; ``ids``: ``[B, ...]``, ``[1, ...]``, or ``[T]`` for all samples."""
-        rows = self.engine.batch_rows
+        rows = self.engine.rows_to_look_up(ids)
         if rows is None or rows == 1:
             return self._look_up(ids)
         if ids.ndim == 1:

@@ -1,7 +1,8 @@
 """How many rows the running forward pass has, as the arguments of its modules tell.
 
 A layer's input does not always tell the number of samples: position ids often come as ``[1, T]``, one row
-for all of them, and the lookup is then done per sample; images are split into windows.
+for all of them, and the lookup is then done per sample; images are split into windows, and several texts
+of one sample, ``[B, C, T]``, become ``[B * C, T]``.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,9 @@ class RowWatch:
 
     def __init__(self, model: nn.Module, paths: Sequence[Path]) -> None:
         self.batch_rows: int | None = None
+        self._given: torch.Size | None = None  # shape of the model's own argument
+        self._choices: torch.Size | None = None  # [B, C, T] of the last ids with several texts of a sample
+        self._are_folded = False
         self.nearest_rows: int | None = None
         modules = dict(model.named_modules())
         above_embeddings: set[str] = {""}
@@ -55,21 +59,49 @@ class RowWatch:
                     return
                 named = [kwargs[key] for key in _BATCH_ARGUMENTS if isinstance(kwargs.get(key), Tensor)]
                 tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-                rows = next((value.shape[0] for value in [*named, *tensors] if value.ndim >= 2), None)
+                told = next((value for value in [*named, *tensors] if value.ndim >= 2), None)
                 # inner modules may be called with one row for all samples, which tells nothing
-                if rows is not None and (named or is_root or rows > 1):
-                    self.nearest_rows = rows
+                if told is not None and (named or is_root or told.shape[0] > 1):
+                    self.nearest_rows = told.shape[0]
+                    if is_root:
+                        self._given = told.shape
                     if tells_samples:
-                        self.batch_rows = rows
+                        self.batch_rows = told.shape[0]
+                        are_choices = told.ndim == 3 and not told.is_floating_point()
+                        self._choices, self._are_folded = told.shape if are_choices else None, False
 
             untraced: Any = torch.compiler.disable(note)
             return modules[name].register_forward_pre_hook(untraced, with_kwargs=True)
 
         self._hooks = [watch(name) for name in sorted(above)]
 
+    @property
+    def given_samples(self) -> int | None:
+        """Number of samples that the model itself got; None where no argument told."""
+        given = self._given
+        if given is not None and len(given) > 2 and self.batch_rows == given[:2].numel():
+            return given[0]
+        return self.batch_rows
+
+    def rows_to_look_up(self, ids: Tensor) -> int | None:
+        """Number of rows that share ids, if these are for all rows, as the arguments and earlier ids told.
+
+        Args:
+            ids: ``[B, T]``, ``[B * C, T]`` or ``[1, T]``: what a table looks up now.
+
+        Returns:
+            ``B`` or ``B * C``; None where no argument told.
+        """
+        if self._choices is None:
+            return self.batch_rows
+        folded = self._choices[:2].numel()
+        self._are_folded |= ids.ndim == 2 and ids.shape == (folded, self._choices[2])
+        return folded if self._are_folded else self.batch_rows
+
     def forget(self) -> None:
         """Forget the pass, once it is differentiated."""
-        self.batch_rows = self.nearest_rows = None
+        self.batch_rows = self.nearest_rows = self._given = self._choices = None
+        self._are_folded = False
 
     def detach(self) -> None:
         """Stop watching."""
