@@ -33,9 +33,10 @@ from securetune.privacy.per_sample.layout import (
     flatten,
     lay_out_rows,
     refuse_changed,
+    refuse_gradients,
     trainable_parameters,
 )
-from securetune.privacy.per_sample.paths import Path
+from securetune.privacy.per_sample.paths import Path, refuse_plain_backward
 from securetune.privacy.per_sample.row_watch import RowWatch, not_by_sample
 from securetune.privacy.per_sample.self_check import check_against_autograd
 from securetune.privacy.per_sample.two_passes import Measuring, Taker, TwoPassGradients
@@ -106,6 +107,7 @@ class PerSampleGradients:
         self._isolation = IsolationProof()
         self._looped_kinds: set[type[nn.Module]] = set()
         self._rows = 0
+        self._is_count_told = False  # by the running backward's unit_ids
         self._written: set[int] = set()
         self._factored: dict[int, Uses] = {}
         self._number = 0  # of the running backward
@@ -173,6 +175,7 @@ class PerSampleGradients:
         if unit_ids is not None and len(unit_ids) != len(losses):
             raise PrivacyError(f"unit_ids has {len(unit_ids)} entries for {len(losses)} losses.")
         self._start(len(losses))
+        self._is_count_told = unit_ids is not None
         units = None if unit_ids is None else index_units(unit_ids, self.device)
         if self._rows and self._takes_two_passes:
             return self._backward_twice(losses, units)
@@ -190,15 +193,18 @@ class PerSampleGradients:
     def _run(self, losses: Tensor, taker: Taker | None, *, retain_graph: bool = False) -> None:
         """Run one backward pass that records, with a proof before the first of its kind."""
         refuse_changed(self.parameters, self._frozen)
-        self._refuse_leftover_gradients("before the pass")
+        refuse_gradients(self.parameters, "before the pass")
         self._recording = True
         try:
             self._prove_isolation(losses)
             self._taker = taker
-            self._differentiate(losses, None, retain_graph=retain_graph)
+            may_prove_again = self._isolation.has_silent_layers and self.agree_on_most is None
+            self._differentiate(losses, None, retain_graph=retain_graph or may_prove_again)
+            if self._isolation.pop_asked_again() and may_prove_again:  # else before the next batch
+                self._prove_isolation(losses)
         finally:
             self._recording, self._taker = False, None
-        self._refuse_leftover_gradients("by the pass")
+        refuse_gradients(self.parameters, "by the pass")
 
     def _differentiate(self, losses: Tensor, rows: Tensor | None, *, retain_graph: bool) -> None:
         if self.before_pass is not None:
@@ -289,16 +295,6 @@ class PerSampleGradients:
                 path.attach()
             self._watch.forget()  # no backward() of ours follows, and the next pass may have other rows
 
-    @property
-    def is_recording(self) -> bool:
-        """Whether the running backward pass is one of :meth:`backward`."""
-        return self._recording
-
-    @property
-    def is_proving(self) -> bool:
-        """Whether the running pass only proves that samples are isolated, and records nothing."""
-        return self._isolation.is_running
-
     def rows_to_look_up(self, ids: Tensor) -> int | None:
         """Number of rows that share ids ``[T]`` or ``[1, T]``, where the running forward pass told."""
         return self._watch.rows_to_look_up(ids)
@@ -382,10 +378,32 @@ class PerSampleGradients:
             )
         return self._factored.setdefault(place.index, Uses())
 
-    def has_all_of(self, path: Path) -> bool:
-        """Whether nothing of a path is wanted any more: the second pass, and it writes rows only."""
+    def wants(self, path: Path, *grads: Tensor | None) -> bool:
+        """Tell a path whether to record in the running pass, and look at its gradients.
+
+        Args:
+            path: Whose outputs' gradients the pass reached.
+            *grads: ``[B, ...]`` each; None for an output that was not used.
+
+        Returns:
+            Whether it shall. Not where nothing of it is wanted: the second pass, and it writes rows only.
+
+        Raises:
+            PrivacyError: If a proof fails, or a plain backward() would train nothing.
+        """
+        given = [g for g in grads if g is not None]
+        if self._isolation.is_running:
+            for g in given:
+                self._isolation.refuse_coupled(self.by_sample(g, path.name), path.name)
+            return False
+        if not self._recording:
+            refuse_plain_backward(path)
+            return False
+        for g in given:
+            self._isolation.notice(g, path.name)
         places = (self.place_of(parameter) for parameter in path.parameters)
-        return self._is_second and all(place is None or place.index in self._row_columns for place in places)
+        has_all = self._is_second and all(p is None or p.index in self._row_columns for p in places)
+        return bool(given) and not has_all
 
     def row_slice(self, place: TrainableParameter) -> Tensor:
         """Return the columns of a parameter in the buffer of the running pass: ``[B, numel]``."""
@@ -428,15 +446,17 @@ class PerSampleGradients:
     def _prove_isolation(self, losses: Tensor) -> None:
         """Prove that samples are isolated, where this batch is the first of its kind."""
         given, seen = self._watch.given_samples, self._watch.batch_rows
-        if self._rows == 1 and given is not None and given > 1:
+        state = (self.model.training, 1.0 if seen is None else seen / self._rows)
+        is_told = self._is_count_told or self._isolation.is_proven(state)
+        if self._rows == 1 and given is not None and given > 1 and not is_told:
             raise PrivacyError(
                 f"the model got {given} rows and there is one loss. A mean or sum over the batch mixes "
                 "samples: use reduction='none' and reduce within each sample only. If all rows are one "
-                "sample, give them to the model as [1, rows, ...]."
+                "sample, give them to the model as [1, rows, ...], or name its unit in unit_ids."
             )
         self._isolation.run(
             self._rows,
-            (self.model.training, 1.0 if seen is None else seen / self._rows),
+            state,
             lambda rows: self._differentiate(losses, rows, retain_graph=True),
             device=losses.device,
             agree_on_most=self.agree_on_most,
@@ -469,20 +489,3 @@ class PerSampleGradients:
         if tensor.shape[0] > self._rows:
             tensor = tensor.unflatten(0, (self._rows, -1))
         return tensor
-
-    def refuse_coupled(self, g: Tensor, name: str) -> None:
-        """In a pass that proves isolation, raise if a loss of it reaches the rows of a sample left out."""
-        self._isolation.refuse_coupled(self.by_sample(g, name), name)
-
-    def _refuse_leftover_gradients(self, when: str) -> None:
-        found = [place for place in self.parameters if place.parameter.grad is not None]
-        if found:
-            for place in found:
-                place.parameter.grad = None
-            names = ", ".join(place.name for place in found[1:6])
-            others = f" The same holds for {names}{', ...' if len(found) > 6 else ''}." if names else ""
-            raise PrivacyError(
-                f"{found[0].name} got an ordinary gradient {when}, which is neither clipped nor noised: it "
-                "is used outside of its module's forward, or another backward() ran. Freeze it "
-                f"(requires_grad_(False)) or call its module; then start the step again.{others}"
-            )

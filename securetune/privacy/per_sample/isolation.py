@@ -19,22 +19,52 @@ class IsolationProof:
 
     Each pass differentiates the samples whose number has one bit set, or not set, so that every pair is told
     apart. It is done again for another state of the model; a batch without any finite gradient proves
-    nothing.
+    nothing, and neither does a layer's gradient that is zero, as below weights that start at zero: such a
+    layer is silent, and its first gradient asks for another proof.
     """
 
     def __init__(self) -> None:
         self._differentiated: Tensor | None = None  # [B], bool: whose losses the running pass differentiates
-        self._saw_gradient = False
-        self._proven: set[State] = set()
+        self._reached: set[str] = set()  # layers whose gradient in this proof was not zero
+        self._called: set[str] = set()
+        self._silent: dict[State, set[str]] = {}  # layers that the proof of a state told nothing about
+        self._state: State | None = None  # of the last batch
+        self._is_asked_again = False
 
     @property
     def is_running(self) -> bool:
         """Whether a pass of the proof is running."""
         return self._differentiated is not None
 
+    def is_proven(self, state: State) -> bool:
+        """Whether a batch of this state was found to be isolated."""
+        return state in self._silent
+
+    @property
+    def has_silent_layers(self) -> bool:
+        """Whether the batch that is differentiated now may ask for another proof."""
+        return self._state is not None and bool(self._silent.get(self._state))
+
     def forget(self) -> None:
         """Prove anew at the next batch: another loss may follow."""
-        self._proven.clear()
+        self._silent.clear()
+
+    def notice(self, g: Tensor, name: str) -> None:
+        """Ask for another proof where a silent layer has a gradient now.
+
+        Args:
+            g: ``[B, ...]``: gradient of a layer's output.
+            name: The layer's name.
+        """
+        if self._state is not None and name in self._silent.get(self._state, ()):
+            self._is_asked_again |= bool((g.isfinite() & (g != 0)).any())
+
+    def pop_asked_again(self) -> bool:
+        """Whether a silent layer had a gradient since the last call; then this state is unproven again."""
+        was_asked, self._is_asked_again = self._is_asked_again, False
+        if was_asked and self._state is not None:
+            del self._silent[self._state]
+        return was_asked
 
     def run(
         self,
@@ -59,12 +89,13 @@ class IsolationProof:
         Raises:
             PrivacyError: If a sample's loss reaches another's rows.
         """
-        num_bits = 0 if state in self._proven else (num_samples - 1).bit_length()
+        self._state = state
+        num_bits = 0 if self.is_proven(state) else (num_samples - 1).bit_length()
         if agree_on_most is not None:
             num_bits = agree_on_most(num_bits)
         if not num_bits:
             return
-        self._saw_gradient = False
+        self._reached, self._called = set(), set()
         numbers = torch.arange(num_samples, device=device)
         masks = [(numbers >> bit & 1).bool() for bit in range(num_bits)]
         try:
@@ -73,15 +104,16 @@ class IsolationProof:
         except RuntimeError as error:
             if "donated buffer" not in str(error):
                 raise
-            self._saw_gradient = True
+            self._silent[state] = set()
             _logger.warning(
                 "a compiled model keeps no second backward pass, so the proof that samples are not coupled "
                 "did not run; check(losses_of, batch_size) does the same."
             )
+            return
         finally:
             self._differentiated = None
-        if self._saw_gradient:
-            self._proven.add(state)
+        if self._reached:
+            self._silent[state] = self._called - self._reached
 
     def refuse_coupled(self, g: Tensor, name: str) -> None:
         """Raise if the running pass reaches the rows of a sample whose loss is left out.
@@ -96,12 +128,15 @@ class IsolationProof:
         assert self._differentiated is not None
         reached = g.isfinite() & (g != 0)
         differentiated = self._differentiated.to(g.device)
-        self._saw_gradient = self._saw_gradient or bool(reached[differentiated].any())
+        self._called.add(name)
+        if bool(reached[differentiated].any()):
+            self._reached.add(name)
         if bool(reached[~differentiated].any()):
             raise PrivacyError(
                 f"the samples of a batch are coupled: the loss of one depends on another's values in layer "
                 f"{name}, so no sample's gradient is its own. Causes: batch statistics, in-batch negatives, "
-                "a balance loss of experts, an input that is not batch-first, or rows of one record that lie "
-                "apart, as chosen and rejected answers in two halves of a batch (interleave them, or call "
-                "the model once for each half). Remove the coupling or freeze the layer."
+                "a balance loss of experts, an input that is not batch-first, positions looked up once for "
+                "all samples (give the table ids of shape [1, T]), or rows of one record that lie apart, as "
+                "chosen and rejected answers in two halves of a batch (interleave them, or call the model "
+                "once for each half). Remove the coupling or freeze the layer."
             )

@@ -100,6 +100,31 @@ def refuse_changed(
         )
 
 
+def refuse_gradients(parameters: Sequence[TrainableParameter], when: str) -> None:
+    """Refuse ordinary gradients, which are neither clipped nor noised, and take them away.
+
+    Args:
+        parameters: The trainable ones.
+        when: When they came.
+
+    Raises:
+        PrivacyError: If there is any.
+    """
+    found = [place for place in parameters if place.parameter.grad is not None]
+    if not found:
+        return
+    for place in found:
+        place.parameter.grad = None
+    names = ", ".join(place.name for place in found[1:6])
+    others = f" The same holds for {names}{', ...' if len(found) > 6 else ''}." if names else ""
+    raise PrivacyError(
+        f"{found[0].name} got an ordinary gradient {when}, which is neither clipped nor noised: it is used "
+        "outside of its module's forward, or another backward() ran. Freeze it (requires_grad_(False)) or "
+        "call its module (for an output layer on an embedding's weight: an nn.Linear with that weight); then "
+        f"start the step again.{others}"
+    )
+
+
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """Return a parameter's shape; DeepSpeed's ZeRO-3 leaves none of it in the parameter between its uses."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.frozen import FrozenLinearPath
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
-from securetune.privacy.per_sample.paths import Path, refuse_plain_backward, trains_now
+from securetune.privacy.per_sample.paths import Path, trains_now
 from securetune_kernels import Adapter, lora_per_sample_grads, products
 
 if TYPE_CHECKING:
@@ -106,13 +106,7 @@ class LoraPath(Path):
     def record(self, x: Tensor, h: Tensor, g: Tensor, g_low: Tensor) -> None:
         """Write ``dA_i = g_low_i^T x_i`` and ``dB_i = s g_i^T h_i``."""
         engine, (place_a, place_b) = self.engine, self.row_places()
-        if engine.is_proving:
-            engine.refuse_coupled(g, self.name)
-            return
-        if not engine.is_recording:
-            refuse_plain_backward(self)
-            return
-        if engine.has_all_of(self):
+        if not engine.wants(self, g):
             return
         x, g = as_3d(engine.by_sample(x, self.name)), as_3d(engine.by_sample(g, self.name))
         shape = (*x.shape[:2], -1)

@@ -12,7 +12,6 @@ from securetune.privacy.per_sample.paths import (
     detached,
     record_sums,
     recorded,
-    refuse_plain_backward,
     without_frozen,
 )
 from securetune_kernels import Normalized, per_sample_sums
@@ -98,13 +97,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def _record_scale(path: RmsNormPath, g: Tensor, x: Tensor, scale: Tensor) -> None:
     engine = path.engine
-    if engine.is_proving:
-        engine.refuse_coupled(g, path.name)
-        return
-    if not engine.is_recording:
-        refuse_plain_backward(path)
-        return
-    if engine.has_all_of(path):
+    if not engine.wants(path, g):
         return
     place = engine.place_of(path.module.weight)
     assert place is not None

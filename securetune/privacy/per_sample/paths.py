@@ -349,7 +349,6 @@ class _Recorder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        engine = ctx.path.engine
         # always taken, since non-reentrant checkpointing holds what it recomputed until then
         kept = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -358,15 +357,8 @@ class _Recorder(torch.autograd.Function):
                 "(create_graph=True, as a gradient penalty uses). Leave it out of the loss, or freeze the "
                 "layer."
             )
-        if engine.is_proving:
-            for g in grad_outputs:
-                if g is not None:
-                    engine.refuse_coupled(g, ctx.path.name)
-        elif engine.is_recording:
-            if any(g is not None for g in grad_outputs) and not engine.has_all_of(ctx.path):
-                ctx.record(grad_outputs, *(tensor.detach() for tensor in kept))
-        else:
-            refuse_plain_backward(ctx.path)
+        if ctx.path.engine.wants(ctx.path, *grad_outputs):
+            ctx.record(grad_outputs, *(tensor.detach() for tensor in kept))
         return None, None, None, None, *grad_outputs, *[None] * ctx.num_others
 
 

@@ -33,7 +33,7 @@ class RowWatch:
 
     def __init__(self, model: nn.Module, paths: Sequence[Path]) -> None:
         self.batch_rows: int | None = None
-        self._given: torch.Size | None = None  # shape of the model's own argument
+        self._given: int | None = None  # rows of the model's own argument
         self._choices: torch.Size | None = None  # [B, C, T] of the last ids with several texts of a sample
         self._are_folded = False
         self.nearest_rows: int | None = None
@@ -63,8 +63,10 @@ class RowWatch:
                 # inner modules may be called with one row for all samples, which tells nothing
                 if told is not None and (named or is_root or told.shape[0] > 1):
                     self.nearest_rows = told.shape[0]
-                    if is_root:
-                        self._given = told.shape
+                    if is_root:  # one that is shared may come first
+                        self._given = (
+                            told.shape[0] if named else max(v.shape[0] for v in tensors if v.ndim >= 2)
+                        )
                     if tells_samples:
                         self.batch_rows = told.shape[0]
                         are_choices = told.ndim == 3 and not told.is_floating_point()
@@ -78,10 +80,7 @@ class RowWatch:
     @property
     def given_samples(self) -> int | None:
         """Number of samples that the model itself got; None where no argument told."""
-        given = self._given
-        if given is not None and len(given) > 2 and self.batch_rows == given[:2].numel():
-            return given[0]
-        return self.batch_rows
+        return self.batch_rows if self._given is None else self._given
 
     def rows_to_look_up(self, ids: Tensor) -> int | None:
         """Number of rows that share ids, if these are for all rows, as the arguments and earlier ids told.
@@ -128,6 +127,6 @@ def not_by_sample(name: str, shape: Sequence[int], samples: int) -> PrivacyError
         )
     return PrivacyError(
         f"layer {name} saw {shape[0]} rows where the batch has {samples} samples, so its gradient can't be "
-        "split by sample. Give it batch-first input, one row per sample, or freeze it; packed rows are not "
-        "supported here."
+        "split by sample. Give it batch-first input, one row per sample (a table of positions: ids of shape "
+        "[1, T]), or freeze it; packed rows are not supported here."
     )
