@@ -202,8 +202,6 @@ class PrivateTrainer(Trainer):
         """
         try:
             output = super().train(*args, **options)
-            if self.private is not None:
-                self.private.stop_early()
         finally:
             if self.private is not None:
                 self.private.close()
@@ -400,6 +398,11 @@ class PrivateTrainer(Trainer):
             _logger.warning("%d steps were charged but not saved: training is so much shorter.", lost)
             self.state.max_steps = max_steps - lost
         return prepared
+
+    def _finalize_training(self, *args: Any) -> TrainOutput:
+        if self.private is not None:
+            self.private.stop_early()  # before epsilon is logged for the last time
+        return super()._finalize_training(*args)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -41,7 +41,7 @@ def refuse_options(
         ),
         (args.fp16, FP16),
         (
-            args.max_grad_norm <= 0 and not has_clipping,
+            not (has_clipping or (args.max_grad_norm or 0) > 0),
             f"max_grad_norm must be > 0, got {args.max_grad_norm}: it bounds each record's gradient. Or give "
             "clipping.",
         ),

@@ -230,6 +230,7 @@ def test_public_evaluation_may_stop_early_and_choose_but_all_is_paid(tmp_path):
     output = trainer.train()
     assert output.global_step < 6
     assert trainer.epsilon == pytest.approx(trainer.private.plan.epsilon)
+    assert trainer.state.log_history[-1]["epsilon"] == trainer.epsilon  # also what trackers keep
     assert trainer.evaluate()["eval_loss"] == pytest.approx(
         float(torch.stack([loss_alone(trainer.model, row) for row in ROWS[:3]]).mean()), rel=1e-4
     )
@@ -245,6 +246,7 @@ def test_public_evaluation_may_stop_early_and_choose_but_all_is_paid(tmp_path):
         {"neftune_noise_alpha": 5.0},
         {"include_num_input_tokens_seen": "all"},
         {"max_grad_norm": 0.0},
+        {"max_grad_norm": None},
         {"optim": "adalomo"},
         {"enable_jit_checkpoint": True},
         {"skip_memory_metrics": False},
