@@ -21,7 +21,7 @@ from securetune.privacy.clipping import Clipping, FlatClipping
 from securetune.privacy.ledger import Ledger, LedgerHeader
 from securetune.privacy.noise import NoiseSource
 from securetune.privacy.per_sample import PerSampleGradients
-from securetune.privacy.sampling import PoissonSampler, Sampler
+from securetune.privacy.sampling import PoissonSampler, Sampler, refuse_other_records
 from securetune.privacy.step import PrivateStep
 from securetune.privacy.units import DrawnRecord, UserSampler
 
@@ -364,7 +364,8 @@ def make_private(
         The run; its ``plan`` says what it will cost.
 
     Raises:
-        ValueError: If a number is out of its range, or not exactly one of each pair is given.
+        ValueError: If a number is out of its range, not exactly one of each pair is given, or the records
+            can't be sampled.
         PrivacyError: If the model, the optimizer or the numbers allow no guarantee, the ledger is another
             run's, or its steps are all charged.
     """
@@ -372,6 +373,7 @@ def make_private(
         raise ValueError(f"give either sample_rate or sampler, got {sample_rate} and {sampler!r}.")
     if (steps is None) == (epochs is None):
         raise ValueError(f"give either steps or epochs, got {steps} and {epochs}.")
+    refuse_other_records("records", records)
     if sampler is None:
         assert sample_rate is not None
         sampler = PoissonSampler(len(records), sample_rate)

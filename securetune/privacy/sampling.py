@@ -10,7 +10,7 @@ accountant: :meth:`Sampler.phase` is the only place where a sampler's numbers be
 import abc
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -44,6 +44,7 @@ __all__ = [
     "SamplingStatement",
     "TruncatedPoissonSampler",
     "pad_batch",
+    "refuse_other_records",
 ]
 
 TRUNCATION_STREAM = SAMPLING_STREAM - 1  # far above those of the noise
@@ -390,3 +391,24 @@ def _poisson_draw(key: bytes, num_records: int, threshold: int, step: int) -> li
         words = keystream_words(key, stream=SAMPLING_STREAM, step=step, start=start, count=count)
         taken += (np.flatnonzero(words < np.uint64(threshold)) + start).tolist()
     return taken
+
+
+def refuse_other_records(name: str, records: Any) -> None:
+    """Refuse what no random sample can be drawn from.
+
+    Args:
+        name: What the caller calls the records.
+        records: Whatever was given.
+
+    Raises:
+        ValueError: If they have no length or can't be taken by number (a stream, a ``DataLoader``), or there
+            are none.
+    """
+    has_rows = hasattr(records, "__len__") and hasattr(records, "__getitem__")
+    if not has_rows or not len(records):
+        raise ValueError(
+            f"{name} must have a length and rows by number, at least one row (a list, a map-style torch "
+            f"Dataset, a datasets.Dataset), got {'an empty ' if has_rows else ''}{type(records).__name__}: "
+            "each step takes a random sample of all records. Load a stream into a list; of a DataLoader give "
+            "its dataset."
+        )

@@ -66,7 +66,7 @@ class OrdinaryStep:
         self.grads = grads
         self.optimizer = optimizer
         self.expected_batch_size = expected_batch_size
-        _refuse_kind(optimizer)
+        refuse_kind(optimizer)
         self._reduction = reduction or SingleProcess()
         self._reduction.refuse_other_parameters(grads, optimizer)
         self._sum = Accumulator(grads, self._reduction)
@@ -317,8 +317,15 @@ class PrivateStep(OrdinaryStep):
         own.update(ids)
 
 
-def _refuse_kind(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse, before anything is charged, an optimizer whose ``step()`` would fail after it."""
+def refuse_kind(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse, before anything is charged, an optimizer whose ``step()`` would fail after it.
+
+    Args:
+        optimizer: Any.
+
+    Raises:
+        PrivacyError: If it needs a closure or sparse gradients.
+    """
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     needs_closure = closure is not None and closure.default is inspect.Parameter.empty
     if needs_closure or isinstance(optimizer, torch.optim.SparseAdam):
@@ -357,4 +364,4 @@ class _Padding(NamedTuple):
     row: int
 
 
-__all__ = ["GRADIENT_NOISE_STREAM", "OrdinaryStep", "PrivateStep"]
+__all__ = ["GRADIENT_NOISE_STREAM", "OrdinaryStep", "PrivateStep", "refuse_kind"]

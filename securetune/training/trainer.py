@@ -24,7 +24,8 @@ from securetune.errors import CheckpointError, ConfigError, PrivacyError
 from securetune.privacy.clipping import Clipping
 from securetune.privacy.noise import NoiseSource
 from securetune.privacy.private import PrivateTraining, Records, make_private
-from securetune.privacy.sampling import Sampler
+from securetune.privacy.sampling import Sampler, refuse_other_records
+from securetune.privacy.step import refuse_kind
 from securetune.privacy.units import UserSampler
 from securetune.training.coupling import refuse_coupled_losses
 from securetune.training.trainer_options import FP16, refuse_options
@@ -134,8 +135,8 @@ class PrivateTrainer(Trainer):
         public_eval_dataset: Any = None,
         **options: Any,
     ) -> None:
-        first_row = train_dataset[0] if len(train_dataset) else None
-        refuse_options(args, options, first_row=first_row, has_clipping=clipping is not None)
+        refuse_other_records("train_dataset", train_dataset)
+        refuse_options(args, options, first_row=train_dataset[0], has_clipping=clipping is not None)
         public = public_eval_dataset
         if any(part is train_dataset for part in (public.values() if isinstance(public, dict) else [public])):
             raise ConfigError(
@@ -144,6 +145,8 @@ class PrivateTrainer(Trainer):
             )
         if (sample_rate is None) == (sampler is None):
             raise ConfigError(f"give either sample_rate or sampler, got {sample_rate} and {sampler!r}.")
+        if sample_rate is not None and not 0 < sample_rate <= 1:
+            raise ConfigError(f"sample_rate must be in (0, 1], got {sample_rate}.")
         self.expected_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self._records = train_dataset
         self._sample_rate = sample_rate if sampler is None else sampler.sample_rate
@@ -346,6 +349,13 @@ class PrivateTrainer(Trainer):
                 "compute_loss_func=f, where f(outputs, labels, num_items_in_batch) returns one loss per "
                 "record, [B]."
             )
+        elif not isinstance(outputs, Mapping) or "logits" not in outputs:
+            raise PrivacyError(
+                f"the model's outputs ({type(outputs).__name__}) have no 'logits' to compute each record's "
+                "loss from; labels are not given to the model. Let it return them by that name, or give "
+                "compute_loss_func=f, where f(outputs, labels, num_items_in_batch) returns one loss per "
+                "record, [B]."
+            )
         else:
             losses = per_sequence_losses(
                 outputs["logits"],
@@ -389,6 +399,7 @@ class PrivateTrainer(Trainer):
         if self.private is not None:
             self.private.close()
         torch.seed()  # dropout's masks must not follow from a seed that is published with the recipe
+        refuse_kind(getattr(self.optimizer, "optimizer", self.optimizer))  # accelerate wraps it
         self._held = _HeldGradients(self.optimizer.param_groups)
         self.private = make_private(self.model, self._held, self._records, steps=max_steps, **self._settings)
         if resume_from_checkpoint is not None:

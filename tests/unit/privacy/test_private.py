@@ -491,6 +491,20 @@ def test_wrong_arguments_are_named(tmp_path, options, message):
         private_run(tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (iter(records()), "list_iterator"),
+        (torch.utils.data.DataLoader(records()), "DataLoader"),
+        ([], "an empty list"),
+    ],
+    ids=["iterator", "loader", "empty"],
+)
+def test_records_that_no_sample_can_be_drawn_from_are_refused(tmp_path, data, kind):
+    with pytest.raises(ValueError, match=f"records must have a length and rows by number.*got {kind}:"):
+        private_run(tmp_path, data=data)
+
+
 def test_after_the_run_the_model_is_an_ordinary_one(tmp_path):
     model = tiny_net()
     train(private_run(tmp_path, model), model)

@@ -15,6 +15,7 @@ from transformers import (
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
+    default_data_collator,
 )
 
 from securetune.errors import CheckpointError, ConfigError, PrivacyError
@@ -267,6 +268,55 @@ def test_rows_that_are_still_text_are_refused_with_the_remedy(tmp_path, row):
     with pytest.raises(ConfigError, match=r"columns \w+.*the model takes tokens. Give encode_sft\(rows"):
         trainer_for(tmp_path, train_dataset=[row] * 9)
     trainer_for(tmp_path, train_dataset=[row | ROWS[0]] * 9)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_dataset": Stream()}, r"train_dataset must have a length and rows by number.*got Stream"),
+        ({"train_dataset": None}, r"train_dataset must have a length.*got NoneType"),
+        ({"train_dataset": []}, r"train_dataset must have a length.*got an empty list"),
+        ({"sample_rate": 0.0}, r"sample_rate must be in \(0, 1\], got 0.0"),
+        ({"sample_rate": -0.5}, r"sample_rate must be in \(0, 1\], got -0.5"),
+    ],
+    ids=["stream", "none", "empty", "zero", "negative"],
+)
+def test_arguments_that_allow_no_training_are_refused_by_name(tmp_path, options, message):
+    with pytest.raises((ConfigError, ValueError), match=message):
+        trainer_for(tmp_path, **options)
+
+
+def test_optimizer_whose_step_would_fail_after_it_was_paid_is_refused_before(tmp_path):
+    model = lora(tiny_llama())
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad])
+    trainer = trainer_for(tmp_path, model, optimizers=(optimizer, None))
+    with pytest.raises(PrivacyError, match="LBFGS computes the loss several times"):
+        trainer.train()
+    assert not (tmp_path / "out" / "ledger.jsonl").exists()
+
+
+class Untold(nn.Module):
+    """A model whose outputs do not say which of them are the logits."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.layer, self.outputs = nn.Linear(2, 3), outputs
+
+    def forward(self, x, labels=None):
+        return self.outputs(self.layer(x))
+
+
+@pytest.mark.parametrize("outputs", [lambda y: (y,), lambda y: {"scores": y}], ids=["tuple", "dictionary"])
+def test_outputs_without_logits_are_refused_with_the_remedy(tmp_path, outputs):
+    rows = [{"x": [1.0, float(n)], "labels": n % 3} for n in range(6)]
+    trainer = trainer_for(tmp_path, Untold(outputs), train_dataset=rows, data_collator=default_data_collator)
+    with pytest.raises(PrivacyError, match=r"no 'logits'.*compute_loss_func"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("is_frozen_before", [True, False])
