@@ -17,8 +17,9 @@ from securetune.privacy.per_sample.functional import FunctionalPath, PromptPath,
 from securetune.privacy.per_sample.lora import LoraPath, is_plain_lora
 from securetune.privacy.per_sample.moe import AdaptedRouterPath, ExpertsPath, routed_path
 from securetune.privacy.per_sample.norms import norm_path
-from securetune.privacy.per_sample.paths import DensePath, EmbeddingPath, Path, SubclassPath
+from securetune.privacy.per_sample.paths import DensePath, EmbeddingPath, Path
 from securetune.privacy.per_sample.recurrent import recurrent_path
+from securetune.privacy.per_sample.subclass import SubclassPath
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients

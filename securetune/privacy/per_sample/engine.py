@@ -99,9 +99,7 @@ class PerSampleGradients:
             self.device = torch.empty(0, device=first.device_mesh.device_type).device
         self.compute_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self._owners = count_owners(model)
-        self._row_columns = lay_out_rows(self.parameters, self.paths)
-        width = sum(stop - start for start, stop in self._row_columns.values())
-        self._buffer = torch.empty(0, width, dtype=self.compute_dtype, device=self.device)
+        self.lay_out_again()
         self._flat_params: nn.Parameter | None = None
         self._recording = False
         self._isolation = IsolationProof()
@@ -117,6 +115,12 @@ class PerSampleGradients:
         self._watch = RowWatch(model, self.paths)
         for path in self.paths:
             path.attach()
+
+    def lay_out_again(self) -> None:
+        """Make room for the gradients that the paths write out, in a forward pass at the latest."""
+        self._row_columns = lay_out_rows(self.parameters, self.paths)
+        width = sum(stop - start for start, stop in self._row_columns.values())
+        self._buffer = torch.empty(0, width, dtype=self.compute_dtype, device=self.device)
 
     def detach(self) -> None:
         """Give the modules their own forward back."""

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
 
 
+# what modules raise where one sample is not what they were written for
+_CANNOT_RUN = (RuntimeError, IndexError, KeyError, TypeError, ValueError)
 _POSITION_TABLE = "relative_attention_bias"
 _POSITION_METHODS = ("compute_bias", "compute_position_bias")
 
@@ -222,7 +224,7 @@ class FunctionalPath(Path):
                 return at_once()
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
+            except _CANNOT_RUN as error:
                 if "randomness" in str(error):
                     raise _random_layer(self) from error
                 self._is_looped = True
@@ -230,7 +232,7 @@ class FunctionalPath(Path):
         before = _random_states()
         try:
             each = [one_alone(row) for row in range(rows)]
-        except (RuntimeError, IndexError, ValueError) as error:
+        except _CANNOT_RUN as error:
             self._is_looped = False
             raise self._not_splittable(str(error).splitlines()[0]) from error
         if any(not torch.equal(old, new) for old, new in zip(before, _random_states(), strict=True)):

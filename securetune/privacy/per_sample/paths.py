@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.gradients import TrainableParameter
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
 
 Record = Callable[[Tensor], None]
-_TRANSPOSES = (Tensor.T.__get__, Tensor.t, torch.t)  # pyright: ignore[reportAttributeAccessIssue]
-_PRODUCTS = (Tensor.matmul, Tensor.__matmul__, torch.matmul)
-_SUMS = (Tensor.add, Tensor.__add__, torch.add)
 
 
 class Path:
@@ -218,86 +214,6 @@ class EmbeddingPath(Path):
             self.engine.record_lookup(place, ids, g, self.name)
 
         return recorded(self, y, record, ids)
-
-
-class _InterceptedCall(TorchFunctionMode):
-    """Run a layer's ``functional`` call on its weight through the layer's path."""
-
-    def __init__(self, path: Path, function: Any) -> None:
-        super().__init__()
-        self.path, self.function = path, function
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if (
-            func is self.function
-            and (args[1] if len(args) > 1 else kwargs.get("weight")) is self.path.module.weight
-            and self._is_layers_own_call(args, kwargs)
-        ):
-            return self.path.run(args[0] if args else kwargs["input"])
-        if func is Tensor.__getitem__ and args[0] is self.path.module.weight:
-            ids = _looked_up(args[0].shape[0], args[1], args[0].device)
-            if ids is not None and self.function is functional.embedding:
-                return self.path.run(ids)
-        return func(*args, **kwargs)
-
-    def _is_layers_own_call(self, args: Any, kwargs: Any) -> bool:
-        """Whether the layer itself would call so: any other use gets an ordinary gradient, and is refused."""
-        given = args[2] if len(args) > 2 else kwargs.get("bias", kwargs.get("padding_idx"))
-        module = self.path.module
-        return given is module.bias if self.function is functional.linear else given == module.padding_idx
-
-
-def _looked_up(count: int, index: Any, device: torch.device) -> Tensor | None:
-    """Ids ``[B, T]`` or ``[1, T]`` of the rows that an index of a table picks, None for any other index."""
-    if isinstance(index, slice):
-        index = torch.arange(count, device=device)[index]
-    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
-        return None
-    return index[None] if index.ndim == 1 else index
-
-
-class _InterceptedProduct(_InterceptedCall):
-    """Run a linear layer's own call, or its ``x @ weight.T`` and ``+ bias``, through the layer's path."""
-
-    def __init__(self, path: "DensePath") -> None:
-        super().__init__(path, functional.linear)
-        self._dense = path
-        self._transposed: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        weight, bias = self.path.module.weight, self.path.module.bias
-        if func in _TRANSPOSES and args[0] is weight:
-            self._transposed.append(func(*args, **(kwargs or {})))
-            return self._transposed[-1]
-        if func in _PRODUCTS and not kwargs and any(args[1] is known for known in self._transposed):
-            return self._dense.multiply(args[0])
-        if func in _SUMS and not kwargs and bias is not None and args[1] is bias:
-            return self._dense.add_bias(args[0])
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-class SubclassPath(Path):
-    """A subclass of a known layer with a forward of its own, which calls the known one somewhere inside.
-
-    For example scaled embeddings, position tables with an offset, Falcon's linear layers. A weight that it
-    uses in any other way gets an ordinary gradient, which the engine refuses.
-    """
-
-    def __init__(self, inner: Path) -> None:
-        super().__init__(inner.engine, inner.name, inner.module)
-        self._inner = inner
-
-    def row_places(self) -> list[TrainableParameter]:
-        """Those of the known layer."""
-        return self._inner.row_places()
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the subclass' own forward."""
-        inner = self._inner
-        is_dense = isinstance(inner, DensePath)
-        with _InterceptedProduct(inner) if is_dense else _InterceptedCall(inner, functional.embedding):
-            return self._original(*args, **kwargs)
 
 
 def recorded(path: Path, y: Tensor, record: Callable[..., None], *kept: Tensor) -> Tensor:

@@ -150,6 +150,19 @@ class TestModules:
 
         refused(using(Row(), use), randn(4, 4, 6), "differs from that in the batch|Mismatch")
 
+    def test_list_with_an_entry_for_each_sample(self):
+        class Shifted(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(6))
+
+            def forward(self, x, shifts):
+                positions = torch.arange(x.shape[1])[None] >= torch.tensor(shifts)[:, None]
+                return x.flatten(0, 1)[positions.flatten()] * self.scale
+
+        model = using(Shifted(), lambda layer, x: layer(x, [1] * len(x)).unflatten(0, (len(x), -1)))
+        refused(model, randn(4, 5, 6), r"layer layer \(Shifted\) can't be run sample by sample")
+
     def test_bags_of_several_samples_in_one_row(self):
         model = using(
             nn.EmbeddingBag(9, 6), lambda layer, ids: layer(ids.flatten(), 2 * torch.arange(len(ids)))
@@ -248,38 +261,6 @@ class TestModules:
     def test_embedding_options(self, option):
         with pytest.raises(PrivacyError, match=next(iter(option))):
             PerSampleGradients(nn.Sequential(nn.Embedding(9, 6, **option)))
-
-
-class TestSubclasses:
-    @pytest.mark.parametrize(
-        "use",
-        [
-            lambda layer, x: functional.linear(x, -layer.weight, layer.bias),
-            lambda layer, x: functional.linear(
-                functional.linear(x, layer.weight, layer.bias), layer.weight.t()
-            ),
-            lambda layer, x: 0.5 * functional.linear(x, layer.weight) + layer.bias,
-            lambda layer, x: functional.linear(x, layer.weight, 2 * layer.bias),
-        ],
-        ids=["changed weight", "weight used twice", "own bias", "changed bias"],
-    )
-    @pytest.mark.parametrize("has_frozen_bias", [True, False])
-    def test_linear_that_uses_its_weight_in_its_own_way(self, use, has_frozen_bias):
-        class Own(nn.Linear):
-            def forward(self, x):
-                return use(self, x)
-
-        model = random_parameters(nn.Sequential(Own(6, 3)).double())
-        model[0].bias.requires_grad_(not has_frozen_bias)
-        refused(model, randn(4, 5, 6), "got an ordinary gradient")
-
-    def test_embedding_that_leaves_its_padding_index_out(self):
-        class Own(nn.Embedding):
-            def forward(self, ids):
-                return functional.embedding(ids, self.weight)
-
-        model = random_parameters(nn.Sequential(Own(9, 6, padding_idx=0)).double())
-        refused(model, torch.arange(8).view(4, 2), "got an ordinary gradient")
 
 
 class TestOneModelOneEngine:
