@@ -107,8 +107,10 @@ class PrivacySpec:
         check_steps(self.steps, at_least=1)
         if not 0 < self.max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm must be a finite number > 0, got {self.max_grad_norm}.")
-        if self.expected_batch_size < 1:
-            raise ValueError(f"expected_batch_size must be >= 1, got {self.expected_batch_size}.")
+        if not (self.expected_batch_size >= 1 and isinstance(self.expected_batch_size, int)):
+            raise ValueError(
+                f"expected_batch_size must be a whole number >= 1, got {self.expected_batch_size}."
+            )
 
     @property
     def sampling(self) -> Sampling:

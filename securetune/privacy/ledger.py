@@ -121,7 +121,8 @@ class Ledger:
         header: The run's public constants; must equal those of an existing ledger.
 
     Raises:
-        PrivacyError: If the file is another run's ledger, is no ledger, or another process writes to it.
+        PrivacyError: If the file is another run's ledger, is no ledger, another process writes to it, or its
+            folder does not exist.
         OSError: If the file cannot be written.
     """
 
@@ -335,6 +336,11 @@ def _release_of(entry: dict[str, Any]) -> float | None:
 
 
 def _open_locked(path: Path) -> BinaryIO:
+    if path.is_dir() or not path.parent.is_dir():
+        raise PrivacyError(
+            f"the ledger {path} must be a file in a folder that exists. "
+            + ("Name a file in it." if path.is_dir() else f"Make the folder {path.parent} first.")
+        )
     file = open(path, "a+b", opener=lambda name, flags: os.open(name, flags | os.O_CLOEXEC, 0o600))  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -299,8 +299,8 @@ def check_sample_rate(sample_rate: float) -> None:
 
 def check_steps(steps: int, *, at_least: int) -> None:
     """Refuse a number of steps outside ``at_least`` .. ``MAX_STEPS``."""
-    if not at_least <= steps <= MAX_STEPS:
-        raise ValueError(f"steps must be from {at_least} to {MAX_STEPS}, got {steps}.")
+    if not (at_least <= steps <= MAX_STEPS and steps == int(steps) and not isinstance(steps, float)):
+        raise ValueError(f"steps must be a whole number from {at_least} to {MAX_STEPS}, got {steps}.")
 
 
 def check_phase(phase: Phase) -> None:

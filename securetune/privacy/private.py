@@ -186,10 +186,13 @@ class PrivateTraining:
                 "record, add them first; for public records use public_backward."
             )
         expected = len(self._in_hand.positions)
-        if losses.shape != (expected,):
+        if not isinstance(losses, Tensor) or losses.shape != (expected,):
+            got = (
+                f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+            )
             raise PrivacyError(
-                f"losses must hold one value for each of the {expected} records of the micro-batch, shape "
-                f"[{expected}], got shape {list(losses.shape)}. Use reduction='none', average within each "
+                f"losses must hold one value for each of the {expected} records of the micro-batch, a tensor "
+                f"of shape [{expected}], got {got}. Use reduction='none', average within each "
                 "record only, and let collate_fn make one row of each record."
             )
         self._refuse_if_broken()
@@ -262,8 +265,14 @@ class PrivateTraining:
             The largest relative difference.
 
         Raises:
+            ValueError: If there is one example only, which has no batch-mate.
             PrivacyError: If gradients differ, samples are coupled, or no gradient reaches the parameters.
         """
+        if len(examples) < 2:
+            raise ValueError(
+                f"check needs two examples or more, of unequal length, got {len(examples)}: one alone has no "
+                "batch-mate that it could depend on."
+            )
         training = [module for module in self.grads.model.modules() if module.training]
         self.grads.model.eval()
         try:
@@ -398,6 +407,8 @@ def make_private(
         )
     if steps is None:
         assert epochs is not None
+        if not 0 < epochs < math.inf:
+            raise ValueError(f"epochs must be a finite number > 0, got {epochs}.")
         steps = max(1, round(epochs / sampler.sample_rate))
     noise = noise or NoiseSource()
     grads = PerSampleGradients(model, passes=passes)

@@ -23,6 +23,7 @@ from securetune.privacy.ledger import LedgerState
 from securetune.privacy.matrix_factorization import CorrelatedNoise, MatrixMechanism, WholeRunCharge
 from securetune.privacy.noise import Noise
 from securetune.privacy.per_sample import PerSampleGradients
+from securetune.privacy.per_sample.layout import refuse_joined
 from securetune.privacy.reduction import Accumulator, Reduction, SingleProcess, add_noise
 from securetune_kernels import clip_and_accumulate
 
@@ -263,6 +264,7 @@ class PrivateStep(OrdinaryStep):
             PrivacyError: If the planned budget is spent; nothing is released then.
         """
         self._reduction.refuse_other_parameters(self.grads, self.optimizer)
+        refuse_joined(self.grads.model, self.grads.parameters)
         step = self._steps_finished
         self._ledger.charge()
         self._steps_finished += 1

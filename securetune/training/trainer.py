@@ -410,10 +410,10 @@ class PrivateTrainer(Trainer):
             self.state.max_steps = max_steps - lost
         return prepared
 
-    def _finalize_training(self, *args: Any) -> TrainOutput:
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> TrainOutput:
         if self.private is not None:
             self.private.stop_early()  # before epsilon is logged for the last time
-        return super()._finalize_training(*args)
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

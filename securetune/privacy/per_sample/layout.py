@@ -100,6 +100,28 @@ def refuse_changed(
         )
 
 
+def refuse_joined(model: nn.Module, parameters: Sequence[TrainableParameter]) -> None:
+    """Refuse parameters that joined the model since, and were differentiated in the ordinary way.
+
+    Args:
+        model: The model.
+        parameters: Those that trained when the engine was made.
+
+    Raises:
+        PrivacyError: If there is one; another optimizer may train it.
+    """
+    known = {id(place.parameter) for place in parameters}
+    joined = {name: p for name, p in model.named_parameters() if p.grad is not None and id(p) not in known}
+    if joined:
+        for parameter in joined.values():
+            parameter.grad = None
+        raise PrivacyError(
+            f"{next(iter(joined))} joined the model after PerSampleGradients was made, and {len(joined) - 1} "
+            "others: its gradient is neither clipped nor noised. Add all layers first, or freeze it "
+            "(requires_grad_(False))."
+        )
+
+
 def refuse_gradients(parameters: Sequence[TrainableParameter], when: str) -> None:
     """Refuse ordinary gradients, which are neither clipped nor noised, and take them away.
 

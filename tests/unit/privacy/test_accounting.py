@@ -312,9 +312,9 @@ def test_plan_refuses_contradicting_accountants(monkeypatch):
         ({"delta": 1.0}, r"delta must be in \(0, 1\), got 1.0"),
         ({"sample_rate": 0.0}, r"sample_rate must be in \(0, 1\], got 0.0"),
         ({"sample_rate": 1.5}, r"sample_rate must be in \(0, 1\], got 1.5"),
-        ({"steps": 0}, "steps must be from 1 to 1000000, got 0"),
+        ({"steps": 0}, "steps must be a whole number from 1 to 1000000, got 0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be a finite number > 0, got -1.0"),
-        ({"expected_batch_size": 0}, "expected_batch_size must be >= 1, got 0"),
+        ({"expected_batch_size": 0}, "expected_batch_size must be a whole number >= 1, got 0"),
     ],
 )
 def test_spec_refuses_values_out_of_range(change, message):
@@ -336,7 +336,7 @@ def test_spec_refuses_values_out_of_range(change, message):
         (Phase(0.0, 0.1, 1), "noise_multiplier must be a finite number >= 0.1, got 0.0"),
         (Phase(math.nan, 0.1, 1), "noise_multiplier must be a finite number >= 0.1, got nan"),
         (Phase(1.0, 2.0, 1), "sample_rate must be in"),
-        (Phase(1.0, 0.1, -1), "steps must be from 0"),
+        (Phase(1.0, 0.1, -1), "steps must be a whole number from 0"),
     ],
 )
 def test_epsilon_refuses_values_out_of_range(phase, message):

@@ -327,6 +327,37 @@ def test_epochs_become_expected_passes(tmp_path):
     assert private_run(tmp_path, steps=None, epochs=3, sample_rate=0.1).plan.spec.steps == 30
 
 
+def test_ledger_in_a_folder_that_is_missing_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(PrivacyError, match=r"ledger .*/a/b/l must be .* Make the folder .*/a/b first"):
+        private_run(tmp_path, ledger=tmp_path / "a" / "b" / "l")
+    with pytest.raises(PrivacyError, match=r"must be a file .* Name a file in it"):
+        private_run(tmp_path, ledger=tmp_path)
+
+
+def test_layer_that_joins_later_is_refused_though_another_optimizer_trains_it(tmp_path):
+    model = tiny_net()
+    private = private_run(tmp_path, model)
+    batches = next(private.steps(micro_batch_size=N))
+    late = nn.Linear(K, K).double()
+    model.append(late)
+    before = late.weight.detach().clone()
+    other = torch.optim.SGD(late.parameters(), lr=1.0)
+    for batch in batches:
+        private.backward(losses_of(model, batch))
+    with pytest.raises(PrivacyError, match=r"2\.weight joined|3\.weight joined the model after"):
+        private.step()
+    other.step()
+    assert torch.equal(late.weight, before)
+    assert private.ledger.steps_charged == 0
+
+
+def test_check_of_one_example_is_refused(tmp_path):
+    model = tiny_net()
+    private = private_run(tmp_path, model)
+    with pytest.raises(ValueError, match=r"two examples or more.*got 1"):
+        private.check(lambda some: losses_of(model, torch.utils.data.default_collate(some)), records(1))
+
+
 def test_record_differentiated_twice_is_refused(tmp_path):
     model = tiny_net()
     private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
@@ -470,6 +501,10 @@ def test_refused_arguments_leave_the_model_as_it_was(tmp_path):
     [
         ({"sample_rate": None}, "either sample_rate or sampler"),
         ({"epochs": 2}, "either steps or epochs"),
+        ({"epochs": 0, "steps": None}, "epochs must be a finite number > 0, got 0"),
+        ({"epochs": -1.5, "steps": None}, "epochs must be a finite number > 0, got -1.5"),
+        ({"steps": 2.5}, "steps must be a whole number from 1 to 1000000, got 2.5"),
+        ({"expected_batch_size": 6.5}, "expected_batch_size must be a whole number >= 1, got 6.5"),
         ({"delta": 0.1}, "one over the planned number of records, expected_batch_size / sample_rate = 12"),
         ({"sampler": PoissonSampler(N + 1, 0.5)}, "draws from 13 records, but 12"),
         (
