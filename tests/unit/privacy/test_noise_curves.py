@@ -41,5 +41,5 @@ def test_values_that_no_noise_reaches_are_left_out():
 
 
 def test_values_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="steps must be from 1"):
+    with pytest.raises(ValueError, match="steps must be a whole number from 1"):
         noise_over_steps(SPEC, [0])

@@ -178,7 +178,7 @@ def test_other_samplers_are_charged_and_do_not_mix():
         (lambda: make(0.0), "target_epsilon must be > 0, got 0.0"),
         (lambda: make(float("nan")), "target_epsilon must be > 0, got nan"),
         (lambda: BudgetOdometer(1.0, 1.0, reportable_epsilon=True), r"delta must be in \(0, 1\), got 1.0"),
-        (lambda: make().charge(Phase(1.0, 0.1, -1)), "steps must be from 0"),
+        (lambda: make().charge(Phase(1.0, 0.1, -1)), "steps must be a whole number from 0"),
         (lambda: make().charge(Phase(0.0, 0.1, 1)), "noise_multiplier must be"),
         (lambda: make().can_afford(Phase(1.0, 1.5, 1)), "sample_rate must be"),
     ],

@@ -35,7 +35,7 @@ def test_possible_participations_are_what_fits_into_the_run(steps, separation, l
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"steps": 0}, "steps must be from 1 to 1000000, got 0"),
+        ({"steps": 0}, "steps must be a whole number from 1 to 1000000, got 0"),
         ({"max_participations": 0}, "max_participations must be >= 1, got 0"),
         ({"min_separation": 0}, "min_separation must be >= 1, got 0"),
     ],
@@ -168,7 +168,7 @@ def test_sampler_cannot_be_pickled_or_copied(copy_it):
         ({"num_records": 0}, "num_records must be >= 1, got 0"),
         ({"batches_per_epoch": 0}, "batches_per_epoch must be from 1 to 4294967295, got 0"),
         ({"batches_per_epoch": 2**32}, "batches_per_epoch must be from 1 to 4294967295, got 4294967296"),
-        ({"steps": 0}, "steps must be from 1 to 1000000, got 0"),
+        ({"steps": 0}, "steps must be a whole number from 1 to 1000000, got 0"),
         ({"key": b"short"}, "key must be 32 bytes, got 5"),
     ],
 )
