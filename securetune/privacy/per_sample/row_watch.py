@@ -128,5 +128,6 @@ def not_by_sample(name: str, shape: Sequence[int], samples: int) -> PrivacyError
     return PrivacyError(
         f"layer {name} saw {shape[0]} rows where the batch has {samples} samples, so its gradient can't be "
         "split by sample. Give it batch-first input, one row per sample (a table of positions: ids of shape "
-        "[1, T]), or freeze it; packed rows are not supported here."
+        "[1, T]; experts that take sorted tokens: a list named experts), or freeze it; packed rows are not "
+        "supported here."
     )
