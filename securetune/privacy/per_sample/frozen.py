@@ -18,7 +18,8 @@ class FrozenLinearPath(Path):
     def run(self, x: Tensor) -> Tensor:
         """Run the layer; ``x``: ``[..., d]``."""
         module = self.module
-        if torch.is_autocast_enabled(x.device.type) or _learns(module):
+        is_faster = is_ordinary(module.weight) and not torch.is_autocast_enabled(x.device.type)
+        if not is_faster or _learns(module):
             return self._original(x)
         return _FrozenLinear.apply(x, module.weight, module.bias)
 
@@ -52,6 +53,11 @@ def frozen_linear_path(engine: "PerSampleGradients", name: str, module: nn.Modul
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
     return FrozenLinearPath(engine, name, module) if products.prefers_onednn() else None
+
+
+def is_ordinary(weight: Tensor) -> bool:
+    """Whether a weight is a tensor of numbers, no subclass that stores them quantised (torchao's)."""
+    return type(weight) in (Tensor, nn.Parameter)
 
 
 def _learns(module: Any) -> bool:

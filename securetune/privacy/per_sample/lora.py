@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from securetune.errors import PrivacyError
-from securetune.privacy.per_sample.frozen import FrozenLinearPath
+from securetune.privacy.per_sample.frozen import FrozenLinearPath, is_ordinary
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
 from securetune.privacy.per_sample.paths import Path, trains_now
 from securetune_kernels import Adapter, lora_per_sample_grads, products
@@ -166,8 +166,10 @@ class _AddAdapter(torch.autograd.Function):
 
 def _is_plain(base: nn.Module) -> bool:
     own = base.__dict__.get("forward")
-    return type(base) is nn.Linear and (
-        own is None or isinstance(getattr(own, "__self__", None), FrozenLinearPath)
+    return (
+        type(base) is nn.Linear
+        and (own is None or isinstance(getattr(own, "__self__", None), FrozenLinearPath))
+        and is_ordinary(base.weight)
     )
 
 
