@@ -21,16 +21,12 @@ _SUMS = (Tensor.add, Tensor.__add__, torch.add)
 
 
 class _InterceptedCall(TorchFunctionMode):
-    """Run a layer's ``functional`` call on its weight through the layer's path.
-
-    Attributes:
-        is_own_use: Whether the weight or the bias went into anything else.
-    """
+    """Run a layer's ``functional`` call on its weight through the layer's path."""
 
     def __init__(self, path: Path, function: Any) -> None:
         super().__init__()
         self.path, self.function = path, function
-        self.is_own_use = False
+        self.is_own_use = False  # whether the weight or the bias went into anything else
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
