@@ -36,6 +36,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, tor
 
 # what modules raise where one sample is not what they were written for
 _CANNOT_RUN = (RuntimeError, IndexError, KeyError, TypeError, ValueError)
+_KNOWN_KINDS = (Tensor, bool, int, float, str, type(None))
 _POSITION_TABLE = "relative_attention_bias"
 _POSITION_METHODS = ("compute_bias", "compute_position_bias")
 
@@ -96,7 +97,7 @@ class FunctionalPath(Path):
             y = self._functional(detach_all(named), args, kwargs)
         outputs, output_spec = tree_flatten(y)
         watched = [i for i, leaf in enumerate(outputs) if _is_differentiable(leaf)]
-        opaque = [leaf for leaf in outputs if not isinstance(leaf, Tensor | bool | int | float | str | None)]
+        opaque = [leaf for leaf in outputs if not isinstance(leaf, _KNOWN_KINDS)]
         if not watched or opaque:  # a gradient could pass through what can't be seen into
             kind = type(opaque[0] if opaque else y).__name__
             hint = "; call the model with use_cache=False" if kind.endswith("Cache") else ""
@@ -112,7 +113,8 @@ class FunctionalPath(Path):
                 again = tree_flatten(self._functional(parameters, new_args, new_kwargs))[0]
             return [again[i] for i in watched]
 
-        call = Rerun(run_on, device, autocast)
+        kinds = {type(leaf).__name__ for leaf in others if not isinstance(leaf, _KNOWN_KINDS)}
+        call = Rerun(run_on, device, autocast, ", ".join(sorted(kinds)))
         is_shared = self._is_shared(tensors)
 
         def record(g: Sequence[Tensor | None], *saved: Tensor) -> None:
@@ -267,7 +269,10 @@ class FunctionalPath(Path):
             finite = expected.isfinite()
             difference = torch.where(finite, result - expected, 0.0).norm()
             if not difference <= tolerance * torch.where(finite, expected, 0.0).norm():
-                raise self._not_splittable("its output for one sample alone differs from that in the batch")
+                hint = f" (tensors in its {call.opaque} can't be split; give a dict)" if call.opaque else ""
+                raise self._not_splittable(
+                    f"its output for one sample alone differs from that in the batch{hint}"
+                )
         self._compared.add(key)
 
     def _not_splittable(self, reason: str) -> PrivacyError:
@@ -395,6 +400,7 @@ class Rerun:
     function: Callable[[dict[str, Tensor], list[Tensor]], list[Tensor]]
     device: str
     autocast: torch.dtype | None
+    opaque: str = ""  # kinds of arguments that may hide tensors
 
     def __call__(self, parameters: dict[str, Tensor], values: list[Tensor]) -> list[Tensor]:
         """Return the module's outputs."""

@@ -5,7 +5,9 @@ for all of them, and the lookup is then done per sample; images are split into w
 of one sample, ``[B, C, T]``, become ``[B * C, T]``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,8 +59,7 @@ class RowWatch:
                     if is_root:  # an evaluation, of another number of rows
                         self.nearest_rows = None
                     return
-                named = [kwargs[key] for key in _BATCH_ARGUMENTS if isinstance(kwargs.get(key), Tensor)]
-                tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+                named, tensors = _tensors(args, kwargs)
                 told = next((value for value in [*named, *tensors] if value.ndim >= 2), None)
                 # inner modules may be called with one row for all samples, which tells nothing
                 if told is not None and (named or is_root or told.shape[0] > 1):
@@ -106,6 +107,26 @@ class RowWatch:
         """Stop watching."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Find the tensors known by their names, and all: those in a dictionary or tuple if there are no others."""
+    named = [kwargs[key] for key in _BATCH_ARGUMENTS if isinstance(kwargs.get(key), Tensor)]
+    given = [*args, *kwargs.values()]
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    if any(value.ndim >= 2 for value in tensors):
+        return named, tensors
+    for value in given:
+        if isinstance(value, list | tuple):
+            inner = _tensors(value, {})
+        elif isinstance(value, Mapping):
+            inner = _tensors((), value)
+        elif is_dataclass(value) or type(value) is SimpleNamespace:
+            inner = _tensors((), vars(value))
+        else:
+            continue
+        named, tensors = [*named, *inner[0]], [*tensors, *inner[1]]
+    return named, tensors
 
 
 def not_by_sample(name: str, shape: Sequence[int], samples: int) -> PrivacyError:

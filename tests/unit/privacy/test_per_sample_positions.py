@@ -1,7 +1,12 @@
 """Tables that are looked up once for all samples, against ordinary autograd on one sample at a time."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from securetune.errors import PrivacyError
@@ -141,3 +146,46 @@ def test_compiled(has_positions):
         wrap=lambda model: torch.compile(model, backend="aot_eager"),
     )
     torch._dynamo.reset()
+
+
+@dataclass
+class Batch:
+    x: Tensor
+    scale: Tensor
+
+
+BATCHES = {
+    "dictionary": lambda x, scale: {"x": x, "scale": scale},
+    "tuple in a dictionary": lambda x, scale: {"pair": (x, scale)},
+    "tokenizer's": lambda x, scale: transformers.BatchEncoding({"x": x, "scale": scale}),
+    "dataclass": Batch,
+    "namespace": lambda x, scale: SimpleNamespace(x=x, scale=scale),
+}
+
+
+class TakesBatch(nn.Module):
+    """Takes all arguments as one object."""
+
+    def __init__(self, make, has_rows: bool) -> None:
+        super().__init__()
+        self.positions, self.layer = nn.Embedding(9, 6), nn.Linear(6, 6)
+        self.make, self.has_rows = make, has_rows
+
+    def forward(self, batch):
+        if isinstance(batch, Mapping):
+            x, scale = batch["pair"] if "pair" in batch else (batch["x"], batch["scale"])
+        else:
+            x, scale = batch.x, batch.scale
+        ids = torch.arange(x.shape[1])
+        return (
+            self.layer(torch.tanh(x + self.positions(ids[None] if self.has_rows else ids))) * scale[:, None]
+        )
+
+
+@pytest.mark.parametrize("has_rows", [True, False])
+@pytest.mark.parametrize("make", BATCHES.values(), ids=BATCHES)
+def test_positions_of_a_model_that_takes_one_object(make, has_rows):
+    def losses(model: nn.Module, x: Tensor) -> Tensor:
+        return model(model.make(x, x[:, 0])).square().flatten(1).sum(dim=1)
+
+    assert_exact(random_parameters(TakesBatch(make, has_rows).double()), randn(3, 5, 6), losses)

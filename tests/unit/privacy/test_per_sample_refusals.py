@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import types
 
 import peft
 import pytest
@@ -162,6 +163,20 @@ class TestModules:
 
         model = using(Shifted(), lambda layer, x: layer(x, [1] * len(x)).unflatten(0, (len(x), -1)))
         refused(model, randn(4, 5, 6), r"layer layer \(Shifted\) can't be run sample by sample")
+
+    def test_argument_that_hides_its_tensors(self):
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(6))
+
+            def forward(self, batch):
+                return batch.x * self.scale
+
+        model = using(Scaled(), lambda layer, x: layer(types.SimpleNamespace(x=x)))
+        refused(
+            model, randn(4, 5, 6), r"layer layer \(Scaled\) .*in its SimpleNamespace can't be split; give a"
+        )
 
     def test_bags_of_several_samples_in_one_row(self):
         model = using(
