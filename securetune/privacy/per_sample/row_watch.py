@@ -110,7 +110,7 @@ class RowWatch:
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Find the tensors known by their names, and all: those in a dictionary or tuple if there are no others."""
+    """Find the tensors with known names, and all: those in a dictionary or tuple if there are no others."""
     named = [kwargs[key] for key in _BATCH_ARGUMENTS if isinstance(kwargs.get(key), Tensor)]
     given = [*args, *kwargs.values()]
     tensors = [value for value in given if isinstance(value, Tensor)]
