@@ -20,6 +20,7 @@ from securetune.privacy.per_sample.norms import norm_path
 from securetune.privacy.per_sample.paths import DensePath, EmbeddingPath, Path
 from securetune.privacy.per_sample.recurrent import recurrent_path
 from securetune.privacy.per_sample.subclass import SubclassPath
+from securetune.privacy.per_sample.tied_uses import tied_uses_path
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -102,6 +103,8 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
             _is_adapter_with_parameters(module) or _takes_weights(name, module) or _uses_containers(module)
         )
         if not is_whole and _all_owned_below(module):
+            tied = tied_uses_path(engine, name, module)
+            paths += [] if tied is None else [tied]
             continue
         if is_whole:
             paths.append(FunctionalPath(engine, name, module))

@@ -98,7 +98,7 @@ class PerSampleGradients:
         if isinstance(first, DTensor):  # shards may wait on the CPU
             self.device = torch.empty(0, device=first.device_mesh.device_type).device
         self.compute_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        self._owners = count_owners(model)
+        self._owners = count_owners(model, self.paths)
         self.lay_out_again()
         self._flat_params: nn.Parameter | None = None
         self._recording = False

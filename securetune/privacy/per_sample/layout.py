@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.gradients import TrainableParameter
 from securetune.privacy.per_sample.paths import Path
+from securetune.privacy.per_sample.tied_uses import TiedUsesPath
 
 # What wrappers put into parameter names: torch.compile, FSDP, activation checkpointing, DDP.
 _WRAPPER_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -157,13 +158,13 @@ def is_sharded(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_shape")
 
 
-def count_owners(model: nn.Module) -> dict[int, int]:
-    """Count the modules that own each parameter, by its id: more than one where it is tied."""
+def count_owners(model: nn.Module, paths: Sequence[Path]) -> dict[int, int]:
+    """Count the owners and further uses of each parameter, by its id: more than one where it is tied."""
     owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    used = [parameter for path in paths if isinstance(path, TiedUsesPath) for parameter in path.again]
+    for parameter in (*(p for module in model.modules() for p in module._parameters.values()), *used):
+        if parameter is not None:
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     return owners
 
 

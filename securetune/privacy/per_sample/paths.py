@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
 
 Record = Callable[[Tensor], None]
+TRANSPOSES = (
+    Tensor.T.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.mT.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.t,
+    torch.t,
+    Tensor.transpose,
+    torch.transpose,
+)
+PRODUCTS = (Tensor.matmul, Tensor.__matmul__, torch.matmul)
 
 
 class Path:
@@ -144,15 +153,17 @@ class DensePath(Path):
 
         return recorded(self, y, record, kept)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Run the layer without its bias; ``x``: ``[B, ..., d]``."""
+    def multiply(self, x: Tensor, *, is_transposed: bool = True) -> Tensor:
+        """Multiply with the weight, transposed as the layer does it or not; ``x``: ``[B, ..., d]``."""
         weight = self.place(self.module.weight)
-        y = _Multiply.apply(x, self.module.weight, None, False)
+        y = _Multiply.apply(x, self.module.weight, None, not is_transposed)
         if weight is None:
             return y
-        return recorded(
-            self, y, lambda g, x: self.engine.record_dense(weight, x, g, self.name), x.to(y.dtype)
-        )
+
+        def record(g: Tensor, x: Tensor) -> None:
+            self.engine.record_dense(weight, *((x, g) if is_transposed else (g, x)), self.name)
+
+        return recorded(self, y, record, x.to(y.dtype))
 
     def add_bias(self, y: Tensor) -> Tensor:
         """Add the bias alone; ``y``: ``[B, ..., p]``."""

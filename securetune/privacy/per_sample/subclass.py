@@ -11,12 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from securetune.privacy.per_sample.functional import FunctionalPath
 from securetune.privacy.per_sample.gradients import TrainableParameter
-from securetune.privacy.per_sample.paths import DensePath, Path
+from securetune.privacy.per_sample.paths import PRODUCTS, TRANSPOSES, DensePath, Path
 
 _logger = logging.getLogger(__name__)
 
-_TRANSPOSES = (Tensor.T.__get__, Tensor.t, torch.t)  # pyright: ignore[reportAttributeAccessIssue]
-_PRODUCTS = (Tensor.matmul, Tensor.__matmul__, torch.matmul)
 _SUMS = (Tensor.add, Tensor.__add__, torch.add)
 
 
@@ -75,10 +73,10 @@ class _InterceptedProduct(_InterceptedCall):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         weight, bias = self.path.module.weight, self.path.module.bias
-        if func in _TRANSPOSES and args[0] is weight:
+        if func in TRANSPOSES and args[0] is weight:
             self._transposed.append(func(*args, **(kwargs or {})))
             return self._transposed[-1]
-        if func in _PRODUCTS and not kwargs and any(args[1] is known for known in self._transposed):
+        if func in PRODUCTS and not kwargs and any(args[1] is known for known in self._transposed):
             return self._dense.multiply(args[0])
         if func in _SUMS and not kwargs and bias is not None and args[1] is bias:
             return self._dense.add_bias(args[0])
