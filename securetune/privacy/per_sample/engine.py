@@ -70,6 +70,7 @@ class PerSampleGradients:
             must keep pace; None where passes are each process' own.
         before_pass: Called with the losses before each backward pass through their graph, for wrappers whose
             hooks expect one only (ZeRO-3); None for others.
+        calls: Names of the paths that ran forward since the last pass.
 
     Raises:
         ValueError: If ``passes`` is neither.
@@ -103,6 +104,7 @@ class PerSampleGradients:
         self._flat_params: nn.Parameter | None = None
         self._recording = False
         self._isolation = IsolationProof()
+        self.calls: set[str] = set()
         self._looped_kinds: set[type[nn.Module]] = set()
         self._rows = 0
         self._is_count_told = False  # by the running backward's unit_ids
@@ -462,9 +464,11 @@ class PerSampleGradients:
             self._rows,
             state,
             lambda rows: self._differentiate(losses, rows, retain_graph=True),
+            calls=self.calls,
             device=losses.device,
             agree_on_most=self.agree_on_most,
         )
+        self.calls.clear()
 
     def _start(self, rows: int) -> None:
         self._rows = rows

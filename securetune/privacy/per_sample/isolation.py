@@ -1,7 +1,7 @@
 """The proof that no sample's loss depends on another sample, in extra passes over a first batch."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class IsolationProof:
         self._reached: set[str] = set()  # layers whose gradient in this proof was not zero
         self._called: set[str] = set()
         self._silent: dict[State, set[str]] = {}  # layers that the proof of a state told nothing about
+        self._known: dict[State, set[str]] = {}  # layers that ran when a state was proven
         self._state: State | None = None  # of the last batch
         self._is_asked_again = False
 
@@ -36,9 +37,9 @@ class IsolationProof:
         """Whether a pass of the proof is running."""
         return self._differentiated is not None
 
-    def is_proven(self, state: State) -> bool:
-        """Whether a batch of this state was found to be isolated."""
-        return state in self._silent
+    def is_proven(self, state: State, calls: Collection[str] = ()) -> bool:
+        """Whether a batch of this state was found to be isolated, in which these layers ran."""
+        return state in self._silent and self._known[state].issuperset(calls)
 
     @property
     def has_silent_layers(self) -> bool:
@@ -48,6 +49,7 @@ class IsolationProof:
     def forget(self) -> None:
         """Prove anew at the next batch: another loss may follow."""
         self._silent.clear()
+        self._known.clear()
 
     def notice(self, g: Tensor, name: str) -> None:
         """Ask for another proof where a silent layer has a gradient now.
@@ -72,6 +74,7 @@ class IsolationProof:
         state: State,
         differentiate: Differentiate,
         *,
+        calls: Collection[str],
         device: torch.device,
         agree_on_most: Callable[[int], int] | None = None,
     ) -> None:
@@ -80,6 +83,7 @@ class IsolationProof:
         Args:
             num_samples: ``B``, at least 1.
             state: State of the model.
+            calls: Names of the layers that ran forward; one that is new asks for a proof.
             differentiate: Runs a backward pass from the losses that a ``[B]`` bool tensor picks, and keeps
                 the graph.
             device: Where the losses are.
@@ -90,7 +94,7 @@ class IsolationProof:
             PrivacyError: If a sample's loss reaches another's rows.
         """
         self._state = state
-        num_bits = 0 if self.is_proven(state) else (num_samples - 1).bit_length()
+        num_bits = 0 if self.is_proven(state, calls) else (num_samples - 1).bit_length()
         if agree_on_most is not None:
             num_bits = agree_on_most(num_bits)
         if not num_bits:
@@ -105,6 +109,7 @@ class IsolationProof:
             if "donated buffer" not in str(error):
                 raise
             self._silent[state] = set()
+            self._known.setdefault(state, set()).update(calls)
             _logger.warning(
                 "a compiled model keeps no second backward pass, so the proof that samples are not coupled "
                 "did not run; check(losses_of, batch_size) does the same."
@@ -113,7 +118,8 @@ class IsolationProof:
         finally:
             self._differentiated = None
         if self._reached:
-            self._silent[state] = self._called - self._reached
+            self._silent[state] = (self._silent.get(state, set()) | self._called) - self._reached
+            self._known.setdefault(state, set()).update(calls)
 
     def refuse_coupled(self, g: Tensor, name: str) -> None:
         """Raise if the running pass reaches the rows of a sample whose loss is left out.

@@ -109,6 +109,7 @@ class Path:
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return _outside_of_the_graph(self._call, *args, **kwargs)
+        self.engine.calls.add(self.name)
         if not torch.is_grad_enabled():
             return self._original(*args, **kwargs)
         if self.engine.are_exchanged:

@@ -437,6 +437,40 @@ class TestWeightsThatStartAtZero:
             losses.sum().backward()
 
 
+class TestLayersThatRunLater:
+    class Branches(nn.Module):
+        def __init__(self, mix) -> None:
+            super().__init__()
+            self.first, self.second, self.mix, self.runs = nn.Linear(6, 6), nn.Linear(6, 6), mix, False
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.mix(self.second(x)) if self.runs else x
+
+    @pytest.mark.parametrize("passes", [1, 2])
+    def test_samples_coupled_in_them(self, passes):
+        model, x = random_parameters(self.Branches(lambda h: h - h.mean(dim=0)).double()), randn(4, 6)
+        engine = PerSampleGradients(model, passes=passes)
+        for model.runs in (False, False):
+            engine.backward(square_losses(model, x))
+        model.runs = True
+        with pytest.raises(PrivacyError, match=r"coupled.* layer second"):
+            engine.backward(square_losses(model, x))
+
+    def test_proof_runs_once_for_each_that_is_new(self, monkeypatch):
+        model, x = random_parameters(self.Branches(torch.sin).double()), randn(4, 6)
+        engine, proofs = PerSampleGradients(model), []
+        monkeypatch.setattr(engine, "_differentiate", functools.partial(self.count, engine, proofs))
+        for model.runs in (False, True, False, True, True, False):
+            engine.backward(square_losses(model, x))
+        assert len(proofs) == 2 * 4  # two bits tell four samples apart
+
+    @staticmethod
+    def count(engine, proofs, losses, rows, **options):
+        proofs += [rows] * (rows is not None)
+        PerSampleGradients._differentiate(engine, losses, rows, **options)
+
+
 class TestModelThatChangedAfterwards:
     @staticmethod
     def adapted(**options) -> nn.Module:
