@@ -83,9 +83,9 @@ class IsolationProof:
         Args:
             num_samples: ``B``, at least 1.
             state: State of the model.
-            calls: Names of the layers that ran forward; one that is new asks for a proof.
             differentiate: Runs a backward pass from the losses that a ``[B]`` bool tensor picks, and keeps
                 the graph.
+            calls: Names of the layers that ran forward; one that is new asks for a proof.
             device: Where the losses are.
             agree_on_most: The largest of a number over the processes that share the model, which must run the
                 same number of passes; None for one process.
