@@ -303,6 +303,10 @@ class PerSampleGradients:
         """Number of rows that share ids ``[T]`` or ``[1, T]``, where the running forward pass told."""
         return self._watch.rows_to_look_up(ids)
 
+    def note_positions_first(self, shape: torch.Size) -> None:
+        """Learn that a layer got ``[T, B, d]``: where the model got the same, its rows are no samples."""
+        self._watch.positions_first = shape[:2]
+
     @property
     def nearest_rows(self) -> int | None:
         """Number of rows that the innermost watched module got: windows of images, where it splits them."""

@@ -287,6 +287,19 @@ class FunctionalPath(Path):
         return self._original(*args, **kwargs)
 
 
+class SequencePath(FunctionalPath):
+    """A layer of torch over sequences, which may have their positions first: ``[T, B, d]``."""
+
+    def _swap(self, *parts: Tensor) -> list[Tensor]:
+        """Put the samples of ``[T, B, d]`` first."""
+        self.engine.note_positions_first(parts[0].shape)
+        return [part.transpose(0, 1) for part in parts]
+
+    def _is_shared(self, tensors: Sequence[Tensor]) -> bool:
+        # the rows of a module around it may be positions, where the batch has one sample
+        return super()._is_shared(tensors) and tensors[0].shape[1] != self.engine.nearest_rows
+
+
 class PromptPath(FunctionalPath):
     """Prompt tuning and p-tuning: peft makes one prompt and repeats it, so the output is watched instead.
 

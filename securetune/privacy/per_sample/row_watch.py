@@ -29,6 +29,7 @@ class RowWatch:
         batch_rows: Number of samples in the running forward pass; None where no argument told.
         nearest_rows: Number of rows that the innermost watched module got: windows of images, where it splits
             them.
+        positions_first: First dimensions ``T, B`` of what a layer over sequences got; None where none told.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[Path]) -> None:
@@ -37,6 +38,7 @@ class RowWatch:
         self._choices: torch.Size | None = None  # [B, C, T] of the last ids with several texts of a sample
         self._are_folded = False
         self.nearest_rows: int | None = None
+        self.positions_first: torch.Size | None = None
         modules = dict(model.named_modules())
         above_embeddings: set[str] = {""}
         above: set[str] = {""}
@@ -79,6 +81,8 @@ class RowWatch:
     def given_samples(self) -> int | None:
         """Number of samples that the model itself got; None where no argument told."""
         given = self._given
+        if given is not None and given[:2] == self.positions_first:
+            return given[1]
         if given is not None and len(given) > 2 and self.batch_rows == given[:2].numel():
             return given[0]
         return self.batch_rows
@@ -101,6 +105,7 @@ class RowWatch:
     def forget(self) -> None:
         """Forget the pass, once it is differentiated."""
         self.batch_rows = self.nearest_rows = self._given = self._choices = None
+        self.positions_first = None
         self._are_folded = False
 
     def detach(self) -> None:
