@@ -77,10 +77,6 @@ class FunctionalPath(Path):
         unknown = [key for key, parameter in named.items() if self.engine.place_of(parameter) is None]
         if unknown:
             raise trains_now(self.name, unknown[0])
-        if isinstance(self.module, nn.EmbeddingBag) and any(
-            isinstance(ids, Tensor) and ids.ndim == 1 for ids in (*args, *kwargs.values())
-        ):
-            raise self._not_splittable("ids in one row with offsets are bags of several samples; give [B, T]")
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         others = [

@@ -150,13 +150,6 @@ class TestModules:
 
         refused(using(Row(), use), randn(4, 4, 6), "differs from that in the batch|Mismatch")
 
-    def test_bags_of_several_samples_in_one_row(self):
-        model = using(
-            nn.EmbeddingBag(9, 6), lambda layer, ids: layer(ids.flatten(), 2 * torch.arange(len(ids)))
-        )
-        with pytest.raises(PrivacyError, match=r"EmbeddingBag.* give \[B, T\]"):
-            PerSampleGradients(model).model(torch.arange(8).view(4, 2))
-
     @pytest.mark.parametrize("batch", [1, 4])
     def test_output_without_a_batch_dimension(self, batch):
         class Balanced(SharedMask):
@@ -244,10 +237,17 @@ class TestModules:
         layer = nn.utils.parametrizations.spectral_norm(nn.Linear(60, 50))
         refused(nn.Sequential(layer).double().train(), randn(4, 60), "differs from that in the batch")
 
+    @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
     @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
-    def test_embedding_options(self, option):
+    def test_embedding_options(self, option, kind):
         with pytest.raises(PrivacyError, match=next(iter(option))):
-            PerSampleGradients(nn.Sequential(nn.Embedding(9, 6, **option)))
+            PerSampleGradients(nn.Sequential(kind(9, 6, **option)))
+
+    @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+    def test_frozen_table_that_look_ups_change(self, kind):
+        model = nn.Sequential(kind(9, 6, max_norm=1.0).requires_grad_(False), nn.Linear(6, 3))
+        with pytest.raises(PrivacyError, match=r"layer 0 has max_norm"):
+            PerSampleGradients(model)
 
 
 class TestSubclasses:
