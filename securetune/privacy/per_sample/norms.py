@@ -158,11 +158,14 @@ def norm_path(engine: "PerSampleGradients", name: str, module: nn.Module) -> Pat
         return RmsNormPath(engine, name, module, module.eps, keeps_dtype=True) if is_plain else None
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and _is_rms_norm(module, eps):
-        short = module.weight.new_zeros(1, len(module.weight), dtype=torch.bfloat16)
-        with torch.no_grad():
-            keeps_dtype = module(short).dtype == short.dtype
-        return RmsNormPath(engine, name, module, eps, keeps_dtype=keeps_dtype)
+        return RmsNormPath(engine, name, module, eps, keeps_dtype=_keeps_dtype(module))
     return None
+
+
+def _keeps_dtype(module: Any) -> bool:
+    short = module.weight.new_zeros(1, len(module.weight), dtype=torch.bfloat16)
+    with torch.no_grad():
+        return module(short).dtype == short.dtype
 
 
 def _is_rms_norm(module: Any, eps: float) -> bool:

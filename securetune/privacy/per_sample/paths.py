@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
 
 Record = Callable[[Tensor], None]
+ROOT = "(root)"  # name of a model that is a layer itself
 _TRANSPOSES = (Tensor.T.__get__, Tensor.t, torch.t)  # pyright: ignore[reportAttributeAccessIssue]
 _PRODUCTS = (Tensor.matmul, Tensor.__matmul__, torch.matmul)
 _SUMS = (Tensor.add, Tensor.__add__, torch.add)
@@ -33,12 +34,12 @@ class Path:
 
     Args:
         engine: Who records.
-        name: The module's name in the model.
+        name: The module's name in the model; empty for the model itself.
         module: The module.
     """
 
     def __init__(self, engine: "PerSampleGradients", name: str, module: Any) -> None:
-        self.engine, self.name, self.module = engine, name, module
+        self.engine, self.name, self.module = engine, name or ROOT, module
         self._is_attached = False
         self._owned = [
             (part, key, place)

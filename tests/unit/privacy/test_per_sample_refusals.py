@@ -75,6 +75,13 @@ class TestRowsThatAreNotTheSamples:
         refused(using(nn.Linear(6, 3), use), randn(4, 5, 6), "coupled")
 
 
+def test_a_layer_that_is_the_whole_model_has_a_name():
+    model = nn.Linear(6, 3).double()
+    PerSampleGradients(model)
+    with pytest.raises(PrivacyError, match=r"layer \(root\) already has per-sample gradients"):
+        PerSampleGradients(model)
+
+
 class TestLosses:
     def test_one_loss_repeated(self):
         model = using(nn.Linear(6, 3), lambda layer, x: layer(x))
