@@ -67,6 +67,7 @@ class PerSampleGradients:
         are_exchanged: Whether a wrapper puts other parameters in the place of these for each pass (FSDP2).
         agree_on_most: The largest of a number over the processes that share a sharded model, whose passes
             must keep pace; None where passes are each process' own.
+        watch: How many rows the modules of the running forward pass had.
         before_pass: Called with the losses before each backward pass through their graph, for wrappers whose
             hooks expect one only (ZeRO-3); None for others.
 
@@ -112,7 +113,7 @@ class PerSampleGradients:
         self._taker: Taker | None = None  # of the running pass
         self._is_second = False  # whether the rows are written, and factors are all that is wanted
         self._repeated = {place.index for place in self.parameters if self._owners[id(place.parameter)] > 1}
-        self._watch = RowWatch(model, self.paths)
+        self.watch = RowWatch(model, self.paths)
         for path in self.paths:
             path.attach()
 
@@ -120,7 +121,7 @@ class PerSampleGradients:
         """Give the modules their own forward back."""
         for path in self.paths:
             path.detach()
-        self._watch.detach()
+        self.watch.detach()
 
     def parameter_names(self) -> list[str]:
         """Return the names of the trainable parameters in canonical order."""
@@ -180,7 +181,7 @@ class PerSampleGradients:
             self._run(losses, None)
         rows = self._finish_rows()
         factored, self._factored = self._factored, {}
-        self._watch.forget()
+        self.watch.forget()
         return BatchGradients(self.parameters, rows, self._row_columns, factored, units)
 
     @property
@@ -222,7 +223,7 @@ class PerSampleGradients:
             finally:
                 self._is_second = False
             factored, self._factored = self._factored, {}
-            self._watch.forget()
+            self.watch.forget()
             return factored
 
         while True:
@@ -287,7 +288,7 @@ class PerSampleGradients:
         finally:
             for path in self.paths:
                 path.attach()
-            self._watch.forget()  # no backward() of ours follows, and the next pass may have other rows
+            self.watch.forget()  # no backward() of ours follows, and the next pass may have other rows
 
     @property
     def is_recording(self) -> bool:
@@ -298,19 +299,6 @@ class PerSampleGradients:
     def is_proving(self) -> bool:
         """Whether the running pass only proves that samples are isolated, and records nothing."""
         return self._isolation.is_running
-
-    def rows_to_look_up(self, ids: Tensor) -> int | None:
-        """Number of rows that share ids ``[T]`` or ``[1, T]``, where the running forward pass told."""
-        return self._watch.rows_to_look_up(ids)
-
-    def note_positions_first(self, shape: torch.Size) -> None:
-        """Learn that a layer got ``[T, B, d]``: where the model got the same, its rows are no samples."""
-        self._watch.positions_first = shape[:2]
-
-    @property
-    def nearest_rows(self) -> int | None:
-        """Number of rows that the innermost watched module got: windows of images, where it splits them."""
-        return self._watch.nearest_rows
 
     def place_of(self, parameter: nn.Parameter) -> TrainableParameter | None:
         """Return the place of a parameter, None for a frozen one."""
@@ -431,7 +419,7 @@ class PerSampleGradients:
 
     def _prove_isolation(self, losses: Tensor) -> None:
         """Prove that samples are isolated, where this batch is the first of its kind."""
-        given, seen = self._watch.given_samples, self._watch.batch_rows
+        given, seen = self.watch.given_samples, self.watch.batch_rows
         if self._rows == 1 and given is not None and given > 1:
             raise PrivacyError(
                 f"the model got {given} rows and there is one loss. A mean or sum over the batch mixes "
@@ -440,7 +428,11 @@ class PerSampleGradients:
             )
         self._isolation.run(
             self._rows,
-            (self.model.training, 1.0 if seen is None else seen / self._rows),
+            (
+                self.model.training,
+                1.0 if seen is None else seen / self._rows,
+                self.watch.rows_unlike_the_arguments(self._rows),
+            ),
             lambda rows: self._differentiate(losses, rows, retain_graph=True),
             device=losses.device,
             agree_on_most=self.agree_on_most,

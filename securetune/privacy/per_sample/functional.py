@@ -115,7 +115,7 @@ class FunctionalPath(Path):
 
         parts = [outputs[i] for i in watched]
         if is_shared:
-            rows = self.engine.nearest_rows
+            rows = self.engine.watch.nearest_rows
             assert rows is not None
             parts = [part.expand(rows, *part.shape[1:]) if part.shape[:1] == (1,) else part for part in parts]
         for i, part in zip(watched, recorded_all(self, parts, record, *tensors, *draws.drawn), strict=True):
@@ -127,7 +127,7 @@ class FunctionalPath(Path):
 
     def _is_shared(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the module runs once for all samples, as a table of relative positions does."""
-        rows = self.engine.nearest_rows
+        rows = self.engine.watch.nearest_rows
         return rows is not None and rows > 1 and not any(value.shape[:1] > (1,) for value in tensors)
 
     def _record(
@@ -286,14 +286,16 @@ class FunctionalPath(Path):
 class SequencePath(FunctionalPath):
     """A layer of torch over sequences, which may have their positions first: ``[T, B, d]``."""
 
+    _tells_rows = False
+
     def _swap(self, *parts: Tensor) -> list[Tensor]:
         """Put the samples of ``[T, B, d]`` first."""
-        self.engine.note_positions_first(parts[0].shape)
+        self.engine.watch.positions_first = parts[0].shape[:2]
         return [part.transpose(0, 1) for part in parts]
 
     def _is_shared(self, tensors: Sequence[Tensor]) -> bool:
         # the rows of a module around it may be positions, where the batch has one sample
-        return super()._is_shared(tensors) and tensors[0].shape[1] != self.engine.nearest_rows
+        return super()._is_shared(tensors) and tensors[0].shape[1] != self.engine.watch.nearest_rows
 
 
 class PromptPath(FunctionalPath):
@@ -365,10 +367,10 @@ class PositionBiasPath(FunctionalPath):
         return {f"{self._table}.weight": getattr(self.module, self._table).weight}
 
     def _is_shared(self, tensors: Sequence[Tensor]) -> bool:
-        return self.engine.nearest_rows is not None
+        return self.engine.watch.nearest_rows is not None
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        rows = self.engine.nearest_rows
+        rows = self.engine.watch.nearest_rows
         if rows is None or torch.is_grad_enabled():
             return super()._call(*args, **kwargs)
         # reentrant checkpointing runs layers without gradients first, and compares the shapes

@@ -10,7 +10,9 @@ from securetune.errors import PrivacyError
 
 _logger = logging.getLogger(__name__)
 
-State = tuple[bool, float]  # whether the model trains, and the rows that it gets for each sample
+# whether the model trains, the rows that it gets for each sample, and the layers whose rows the data may
+# choose, None of these where they do
+State = tuple[bool, float, frozenset[tuple[str, int]] | None]
 Differentiate = Callable[[Tensor], None]
 
 
@@ -18,8 +20,8 @@ class IsolationProof:
     """Prove that no sample's loss reaches another's rows.
 
     Each pass differentiates the samples whose number has one bit set, or not set, so that every pair is told
-    apart. It is done again for another state of the model; a batch without any finite gradient proves
-    nothing.
+    apart. It is done again for another state of the model, and for each batch where the data choose the
+    rows of a layer; a batch without any finite gradient proves nothing.
     """
 
     def __init__(self) -> None:
@@ -80,7 +82,7 @@ class IsolationProof:
             )
         finally:
             self._differentiated = None
-        if self._saw_gradient:
+        if self._saw_gradient and state[2] is not None:
             self._proven.add(state)
 
     def refuse_coupled(self, g: Tensor, name: str) -> None:

@@ -38,6 +38,8 @@ class Path:
         module: The module.
     """
 
+    _tells_rows = True  # whether the first dimension of its output counts samples, or positions of samples
+
     def __init__(self, engine: "PerSampleGradients", name: str, module: Any) -> None:
         self.engine, self.name, self.module = engine, name or ROOT, module
         self._is_attached = False
@@ -111,7 +113,12 @@ class Path:
             self.engine.meet(self._owned)
         else:
             self._refuse_replaced()
-        return self.run(*args, **kwargs)
+        y = self.run(*args, **kwargs)
+        if self._owned and self._tells_rows:
+            first = y[0] if isinstance(y, tuple) else y
+            if isinstance(first, Tensor) and first.ndim:
+                self.engine.watch.note_output(self.name, first.shape[0])
+        return y
 
     def _refuse_replaced(self) -> None:
         """Refuse parameters in the place of those that the engine knows: they would get no gradient."""
@@ -192,13 +199,15 @@ class _Multiply(torch.autograd.Function):
 class EmbeddingPath(Path):
     """``nn.Embedding``: ids and output gradients; ids given once for all samples are looked up per sample."""
 
+    _tells_rows = False
+
     def __init__(self, engine: "PerSampleGradients", name: str, module: Any) -> None:
         super().__init__(engine, name, module)
         self._uses: set[str] = set()  # what its positions met
 
     def run(self, ids: Tensor) -> Tensor:
         """Run the lookup; ``ids``: ``[B, ...]``, ``[1, ...]``, or ``[T]`` for all samples."""
-        rows = self.engine.rows_to_look_up(ids)
+        rows = self.engine.watch.rows_to_look_up(ids)
         if rows is None or rows == 1:
             return self._look_up(ids)
         if ids.ndim == 1:

@@ -5,6 +5,7 @@ for all of them, and the lookup is then done per sample; images are split into w
 of one sample, ``[B, C, T]``, become ``[B * C, T]``.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,9 @@ class RowWatch:
     def __init__(self, model: nn.Module, paths: Sequence[Path]) -> None:
         self.batch_rows: int | None = None
         self._given: torch.Size | None = None  # shape of the model's own argument
+        self._all_given: frozenset[torch.Size] = frozenset()  # shapes of all its arguments
+        self._flat: dict[tuple[str, frozenset[torch.Size]], set[int]] = {}  # rows of a layer, by arguments
+        self._outputs: set[tuple[str, int]] = set()  # layers, and how many rows came out of them
         self._choices: torch.Size | None = None  # [B, C, T] of the last ids with several texts of a sample
         self._are_folded = False
         self.nearest_rows: int | None = None
@@ -61,6 +65,8 @@ class RowWatch:
                     return
                 named = [kwargs[key] for key in _BATCH_ARGUMENTS if isinstance(kwargs.get(key), Tensor)]
                 tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+                if is_root:
+                    self._all_given |= {value.shape for value in tensors}
                 told = next((value for value in [*named, *tensors] if value.ndim >= 2), None)
                 # inner modules may be called with one row for all samples, which tells nothing
                 if told is not None and (named or is_root or told.shape[0] > 1):
@@ -87,6 +93,42 @@ class RowWatch:
             return given[0]
         return self.batch_rows
 
+    def note_output(self, name: str, rows: int) -> None:
+        """Learn how many rows came out of a layer."""
+        self._outputs.add((name, rows))
+
+    def rows_unlike_the_arguments(self, samples: int) -> frozenset[tuple[str, int]] | None:
+        """Name the layers whose rows are no samples, and not all positions of one of the model's arguments.
+
+        Their number may follow from the data, as that of the positions without padding.
+
+        Args:
+            samples: ``B``.
+
+        Returns:
+            Each with its rows; None where their number was another for arguments of the same shapes, or an
+                argument holds all samples' rows one after another.
+        """
+        given = self._all_given
+        alike = {
+            math.prod(shape[:dims])
+            for shape in given
+            if shape[:1] == (samples,)
+            for dims in range(1, len(shape) + 1)
+        }
+        flat: dict[str, set[int]] = {}
+        for name, rows in self._outputs:
+            if rows > samples:
+                flat.setdefault(name, set()).add(rows)
+        has_changed = False
+        for name, rows in flat.items():
+            if self._flat.setdefault((name, given), rows) != rows:
+                self._flat[name, given] = set()  # unequal to all that follow
+                has_changed = True
+        unlike = frozenset((name, count) for name, rows in flat.items() for count in rows - alike)
+        is_packed = any(len(shape) > 1 and shape[0] > samples for shape in given)
+        return None if has_changed or (unlike and is_packed) else unlike
+
     def rows_to_look_up(self, ids: Tensor) -> int | None:
         """Number of rows that share ids, if these are for all rows, as the arguments and earlier ids told.
 
@@ -107,6 +149,8 @@ class RowWatch:
         self.batch_rows = self.nearest_rows = self._given = self._choices = None
         self.positions_first = None
         self._are_folded = False
+        self._all_given = frozenset()
+        self._outputs.clear()
 
     def detach(self) -> None:
         """Stop watching."""

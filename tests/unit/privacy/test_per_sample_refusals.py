@@ -75,6 +75,53 @@ class TestRowsThatAreNotTheSamples:
         refused(using(nn.Linear(6, 3), use), randn(4, 5, 6), "coupled")
 
 
+class Chosen(nn.Module):
+    """A layer that sees the rows of a mask only, one sample's after another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x, mask):
+        y = x.new_zeros(*mask.shape, 3)
+        y[mask] = self.layer(self.first(x)[mask])
+        return y
+
+
+@pytest.mark.parametrize("before", [[[5, 5]], [[4, 4], [5, 5], [3, 3]]])
+def test_rows_that_the_data_choose_after_batches_that_had_as_many_of_each_sample(before):
+    def losses(model, lengths):
+        mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+        return (model(randn(2, 5, 6), mask) + 0.3).square().sum(dim=(1, 2))
+
+    model = random_parameters(Chosen().double())
+    engine = PerSampleGradients(model)
+    for lengths in before:
+        engine.backward(losses(model, lengths))
+    with pytest.raises(PrivacyError, match=r"coupled.* layer layer"):
+        engine.backward(losses(model, [5, 3]))
+
+
+def test_flattened_positions_of_another_length_are_not_proven_again(monkeypatch):
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    engine = PerSampleGradients(random_parameters(Flat().double()))
+    passes = []
+    differentiate = engine._differentiate
+    monkeypatch.setattr(
+        engine, "_differentiate", lambda *a, **options: (passes.append(1), differentiate(*a, **options))
+    )
+    for tokens in (5, 7, 4):
+        engine.backward(square_losses(engine.model, randn(2, tokens, 6)))
+    assert len(passes) == 2 + 3
+
+
 def test_a_layer_that_is_the_whole_model_has_a_name():
     model = nn.Linear(6, 3).double()
     PerSampleGradients(model)
