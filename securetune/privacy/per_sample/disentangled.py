@@ -37,6 +37,8 @@ class RelativeTablePath(FunctionalPath):
         parts: Names of the modules in it that the method uses.
     """
 
+    _tells_rows = False
+
     def __init__(self, engine: "PerSampleGradients", name: str, encoder: Any, parts: Sequence[str]) -> None:
         super().__init__(engine, name, encoder)
         self._parts = parts

@@ -296,7 +296,7 @@ class SubclassPath(Path):
 
     def __init__(self, inner: Path) -> None:
         super().__init__(inner.engine, inner.name, inner.module)
-        self._inner = inner
+        self._inner, self._tells_rows = inner, inner._tells_rows
 
     def row_places(self) -> list[TrainableParameter]:
         """Those of the known layer."""
