@@ -194,7 +194,8 @@ class PerSampleGradients:
         self._refuse_leftover_gradients("before the pass")
         self._recording = True
         try:
-            self._prove_isolation(losses)
+            if not self._is_second:
+                self._prove_isolation(losses)
             self._taker = taker
             self._differentiate(losses, None, retain_graph=retain_graph)
         finally:

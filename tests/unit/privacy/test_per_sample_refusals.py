@@ -102,6 +102,34 @@ def test_rows_that_the_data_choose_after_batches_that_had_as_many_of_each_sample
         engine.backward(losses(model, [5, 3]))
 
 
+class Sorting(nn.Module):
+    """A layer that sees the samples in the order of their first numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.layer(self.first(x)[order])[order.argsort()]
+
+
+def test_samples_that_the_model_sorts_after_a_batch_that_came_sorted():
+    model = random_parameters(Sorting().double())
+    engine = PerSampleGradients(model)
+    x = randn(4, 6)
+    engine.backward(square_losses(model, x[x[:, 0].argsort()]))
+    state = torch.get_rng_state()
+
+    def go_on():
+        for _ in range(64):
+            engine.backward(square_losses(model, x))
+
+    with pytest.raises(PrivacyError, match="coupled"):
+        go_on()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_flattened_positions_of_another_length_are_not_proven_again(monkeypatch):
     class Flat(nn.Module):
         def __init__(self) -> None:
