@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from securetune.privacy.per_sample.gradients import TrainableParameter, as_3d
+from securetune.privacy.per_sample.layout import whole_shape
 from securetune.privacy.per_sample.paths import (
     Path,
     detached,
@@ -163,27 +165,35 @@ def norm_path(engine: "PerSampleGradients", name: str, module: nn.Module) -> Pat
 
 
 def _keeps_dtype(module: Any) -> bool:
-    short = module.weight.new_zeros(1, len(module.weight), dtype=torch.bfloat16)
-    with torch.no_grad():
-        return module(short).dtype == short.dtype
+    weight = torch.ones(whole_shape(module.weight))
+    return _forward(module, weight, torch.ones(1, len(weight), dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def _is_rms_norm(module: Any, eps: float) -> bool:
     own = dict(module.named_parameters())
-    if list(own) != ["weight"] or own["weight"].ndim != 1 or own["weight"].device.type == "meta":
+    if list(own) != ["weight"] or own["weight"].device.type == "meta" or isinstance(own["weight"], DTensor):
         return False
-    weight: Tensor = own["weight"].detach()
+    shape, dtype = whole_shape(own["weight"]), own["weight"].dtype
+    if len(shape) != 1:
+        return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, len(weight), generator=generator, dtype=torch.float64)
-    x = (x * torch.tensor([1e-3, 1.0])[:, None, None]).to(weight)
+    x, weight = torch.randn(2, 3, *shape, generator=generator), torch.randn(shape, generator=generator)
+    x, weight = (x * torch.tensor([1e-3, 1.0])[:, None, None]).to(dtype), weight.to(dtype)
     try:
-        with torch.no_grad():
-            actual = module(x)
+        actual = _forward(module, weight, x)
     except (TypeError, RuntimeError):  # takes other arguments: some other layer
         return False
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    expected = (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight
-    tolerance = 4 * torch.finfo(x.dtype).eps
+    wide = x.to(torch.promote_types(dtype, torch.float32))
+    expected = (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(dtype) * weight
+    tolerance = 4 * torch.finfo(dtype).eps
     return isinstance(actual, Tensor) and torch.allclose(
         actual.to(wide.dtype), expected.to(wide.dtype), rtol=tolerance, atol=0.0
     )
+
+
+@torch.no_grad()
+def _forward(module: Any, weight: Tensor, x: Tensor) -> Any:
+    """Run a module's forward on a weight in the place of its own, which may be sharded, and without hooks."""
+    other: Any = object.__new__(type(module))
+    other.__dict__ = module.__dict__ | {"_parameters": {"weight": weight}}
+    return type(module).forward(other, x)

@@ -259,9 +259,14 @@ class TestNorms:
         getattr(model[0], frozen).requires_grad_(False)
         assert_exact(model, randn(3, 7, 5, 6))
 
-    def test_gemmas_norm_is_no_plain_one(self):
-        engine = PerSampleGradients(sequence(GemmaRMSNorm(6)))
-        assert not isinstance(engine.paths[0], RmsNormPath)
+    @pytest.mark.parametrize("is_elsewhere", [False, True])
+    @pytest.mark.parametrize(("build", "is_plain"), [(GemmaRMSNorm, False), (LlamaRMSNorm, True)])
+    def test_plain_norms_are_told_by_what_they_compute(self, build, is_plain, is_elsewhere):
+        model = nn.Sequential(build(6))
+        if is_elsewhere:  # as ZeRO-3 leaves a parameter between its uses
+            model[0].weight = nn.Parameter(torch.empty(0))
+            model[0].weight.ds_shape = torch.Size([6])
+        assert isinstance(PerSampleGradients(model).paths[0], RmsNormPath) == is_plain
 
 
 class Mix(nn.Module):
