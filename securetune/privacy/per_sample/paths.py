@@ -99,10 +99,7 @@ class Path:
         Raises:
             PrivacyError: Always.
         """
-        raise PrivacyError(
-            "a model with per-sample gradients can't be copied or pickled. Copy it before "
-            "PerSampleGradients, or call detach() first; state_dict() works at any time."
-        )
+        raise no_copies()
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -409,6 +406,18 @@ def refuse_plain_backward(path: Path) -> None:
 @torch.compiler.disable
 def _outside_of_the_graph(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return call(*args, **kwargs)
+
+
+def no_copies() -> PrivacyError:
+    """Explain why a model with paths can't be copied or pickled.
+
+    Returns:
+        The error to raise.
+    """
+    return PrivacyError(
+        "a model with per-sample gradients can't be copied or pickled. Copy it before "
+        "PerSampleGradients, or call detach() first; state_dict() works at any time."
+    )
 
 
 def detached(parameter: Tensor | None) -> Tensor | None:

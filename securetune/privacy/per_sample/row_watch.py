@@ -6,15 +6,15 @@ of one sample, ``[B, C, T]``, become ``[B * C, T]``.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.functional import FunctionalPath
-from securetune.privacy.per_sample.paths import Path
+from securetune.privacy.per_sample.paths import Path, no_copies
 
 _BATCH_ARGUMENTS = ("input_ids", "inputs_embeds", "hidden_states", "pixel_values")
 
@@ -78,8 +78,7 @@ class RowWatch:
                         are_choices = told.ndim == 3 and not told.is_floating_point()
                         self._choices, self._are_folded = told.shape if are_choices else None, False
 
-            untraced: Any = torch.compiler.disable(note)
-            return modules[name].register_forward_pre_hook(untraced, with_kwargs=True)
+            return modules[name].register_forward_pre_hook(_Hook(note), with_kwargs=True)
 
         self._hooks = [watch(name) for name in sorted(above)]
 
@@ -156,6 +155,17 @@ class RowWatch:
         """Stop watching."""
         for hook in self._hooks:
             hook.remove()
+
+
+class _Hook:
+    def __init__(self, note: Callable[..., None]) -> None:
+        self._note: Any = torch.compiler.disable(note)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._note(module, args, kwargs)
+
+    def __reduce__(self) -> NoReturn:
+        raise no_copies()
 
 
 def not_by_sample(name: str, shape: Sequence[int], samples: int) -> PrivacyError:
