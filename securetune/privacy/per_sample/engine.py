@@ -67,6 +67,7 @@ class PerSampleGradients:
         are_exchanged: Whether a wrapper puts other parameters in the place of these for each pass (FSDP2).
         agree_on_most: The largest of a number over the processes that share a sharded model, whose passes
             must keep pace; None where passes are each process' own.
+        watch: How many rows the modules of the running forward pass had.
         before_pass: Called with the losses before each backward pass through their graph, for wrappers whose
             hooks expect one only (ZeRO-3); None for others.
 
@@ -112,7 +113,7 @@ class PerSampleGradients:
         self._taker: Taker | None = None  # of the running pass
         self._is_second = False  # whether the rows are written, and factors are all that is wanted
         self._repeated = {place.index for place in self.parameters if self._owners[id(place.parameter)] > 1}
-        self._watch = RowWatch(model, self.paths)
+        self.watch = RowWatch(model, self.paths)
         for path in self.paths:
             path.attach()
 
@@ -120,7 +121,7 @@ class PerSampleGradients:
         """Give the modules their own forward back."""
         for path in self.paths:
             path.detach()
-        self._watch.detach()
+        self.watch.detach()
 
     def parameter_names(self) -> list[str]:
         """Return the names of the trainable parameters in canonical order."""
@@ -180,7 +181,7 @@ class PerSampleGradients:
             self._run(losses, None)
         rows = self._finish_rows()
         factored, self._factored = self._factored, {}
-        self._watch.forget()
+        self.watch.forget()
         return BatchGradients(self.parameters, rows, self._row_columns, factored, units)
 
     @property
@@ -193,7 +194,8 @@ class PerSampleGradients:
         self._refuse_leftover_gradients("before the pass")
         self._recording = True
         try:
-            self._prove_isolation(losses)
+            if not self._is_second:
+                self._prove_isolation(losses)
             self._taker = taker
             self._differentiate(losses, None, retain_graph=retain_graph)
         finally:
@@ -222,7 +224,7 @@ class PerSampleGradients:
             finally:
                 self._is_second = False
             factored, self._factored = self._factored, {}
-            self._watch.forget()
+            self.watch.forget()
             return factored
 
         while True:
@@ -287,7 +289,7 @@ class PerSampleGradients:
         finally:
             for path in self.paths:
                 path.attach()
-            self._watch.forget()  # no backward() of ours follows, and the next pass may have other rows
+            self.watch.forget()  # no backward() of ours follows, and the next pass may have other rows
 
     @property
     def is_recording(self) -> bool:
@@ -298,15 +300,6 @@ class PerSampleGradients:
     def is_proving(self) -> bool:
         """Whether the running pass only proves that samples are isolated, and records nothing."""
         return self._isolation.is_running
-
-    def rows_to_look_up(self, ids: Tensor) -> int | None:
-        """Number of rows that share ids ``[T]`` or ``[1, T]``, where the running forward pass told."""
-        return self._watch.rows_to_look_up(ids)
-
-    @property
-    def nearest_rows(self) -> int | None:
-        """Number of rows that the innermost watched module got: windows of images, where it splits them."""
-        return self._watch.nearest_rows
 
     def place_of(self, parameter: nn.Parameter) -> TrainableParameter | None:
         """Return the place of a parameter, None for a frozen one."""
@@ -427,7 +420,7 @@ class PerSampleGradients:
 
     def _prove_isolation(self, losses: Tensor) -> None:
         """Prove that samples are isolated, where this batch is the first of its kind."""
-        given, seen = self._watch.given_samples, self._watch.batch_rows
+        given, seen = self.watch.given_samples, self.watch.batch_rows
         if self._rows == 1 and given is not None and given > 1:
             raise PrivacyError(
                 f"the model got {given} rows and there is one loss. A mean or sum over the batch mixes "
@@ -436,7 +429,11 @@ class PerSampleGradients:
             )
         self._isolation.run(
             self._rows,
-            (self.model.training, 1.0 if seen is None else seen / self._rows),
+            (
+                self.model.training,
+                1.0 if seen is None else seen / self._rows,
+                self.watch.rows_unlike_the_arguments(self._rows),
+            ),
             lambda rows: self._differentiate(losses, rows, retain_graph=True),
             device=losses.device,
             agree_on_most=self.agree_on_most,

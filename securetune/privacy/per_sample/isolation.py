@@ -10,22 +10,27 @@ from securetune.errors import PrivacyError
 
 _logger = logging.getLogger(__name__)
 
-State = tuple[bool, float]  # whether the model trains, and the rows that it gets for each sample
+# whether the model trains, the rows that it gets for each sample, and the layers whose rows the data may
+# choose, None of these where they do
+State = tuple[bool, float, frozenset[tuple[str, int]] | None]
 Differentiate = Callable[[Tensor], None]
+_FIRST_SPLIT = 16  # later ones cost 2 passes each time that the number of batches has doubled
 
 
 class IsolationProof:
     """Prove that no sample's loss reaches another's rows.
 
     Each pass differentiates the samples whose number has one bit set, or not set, so that every pair is told
-    apart. It is done again for another state of the model; a batch without any finite gradient proves
-    nothing.
+    apart. It is done again for another state of the model, and for each batch where the data choose the
+    rows of a layer; a batch without any finite gradient proves nothing. The batches 16, 32, 64 and so on
+    after a proof are split at random: samples that the model sorts may have come sorted.
     """
 
     def __init__(self) -> None:
         self._differentiated: Tensor | None = None  # [B], bool: whose losses the running pass differentiates
         self._saw_gradient = False
-        self._proven: set[State] = set()
+        self._batches: dict[State, int] = {}  # since the proof of each state
+        self._generator = torch.Generator()  # its own, since the training's must not move
 
     @property
     def is_running(self) -> bool:
@@ -34,7 +39,7 @@ class IsolationProof:
 
     def forget(self) -> None:
         """Prove anew at the next batch: another loss may follow."""
-        self._proven.clear()
+        self._batches.clear()
 
     def run(
         self,
@@ -59,13 +64,19 @@ class IsolationProof:
         Raises:
             PrivacyError: If a sample's loss reaches another's rows.
         """
-        num_bits = 0 if state in self._proven else (num_samples - 1).bit_length()
+        num_bits = (num_samples - 1).bit_length()
+        if state in self._batches and num_bits:
+            self._batches[state] += 1
+            count = self._batches[state]
+            num_bits = int(count >= _FIRST_SPLIT and count & (count - 1) == 0)
         if agree_on_most is not None:
             num_bits = agree_on_most(num_bits)
         if not num_bits:
             return
         self._saw_gradient = False
         numbers = torch.arange(num_samples, device=device)
+        if state in self._batches:
+            numbers = torch.randperm(num_samples, generator=self._generator).to(device)
         masks = [(numbers >> bit & 1).bool() for bit in range(num_bits)]
         try:
             for self._differentiated in (part for mask in masks for part in (mask, ~mask)):
@@ -80,8 +91,8 @@ class IsolationProof:
             )
         finally:
             self._differentiated = None
-        if self._saw_gradient:
-            self._proven.add(state)
+        if self._saw_gradient and state[2] is not None:
+            self._batches.setdefault(state, 0)
 
     def refuse_coupled(self, g: Tensor, name: str) -> None:
         """Raise if the running pass reaches the rows of a sample whose loss is left out.
