@@ -71,10 +71,8 @@ def adapt(model: "PreTrainedModel", lora: LoraOptions, *, seed: int = 0) -> "Pef
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    all_linear = lora.target_modules == "all-linear"
-    targets = "all-linear" if all_linear else list(lora.target_modules)
-    if not all_linear:
-        _check_targets(model, targets)
+    check_targets(model, lora.target_modules)
+    targets = "all-linear" if lora.target_modules == "all-linear" else list(lora.target_modules)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
@@ -91,6 +89,35 @@ def adapt(model: "PreTrainedModel", lora: LoraOptions, *, seed: int = 0) -> "Pef
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted.eval()
+
+
+def check_targets(model: "PreTrainedModel", targets: Sequence[str]) -> None:
+    """Refuse what adapters cannot be put on.
+
+    Args:
+        model: The base model.
+        targets: ``training.lora.target_modules``: names, or ``"all-linear"``.
+
+    Raises:
+        ConfigError: If a target module does not exist or must not be adapted.
+    """
+    if targets == "all-linear":
+        return
+    output = model.get_output_embeddings()
+    names: dict[str, list[nn.Module]] = {}
+    for path, module in model.named_modules():
+        # GPT-2 calls its linear layers Conv1D
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            names.setdefault(path.rpartition(".")[2], []).append(module)
+    usable = sorted(
+        name for name, modules in names.items() if not any(module is output for module in modules)
+    )
+    wrong = [target for target in targets if target.rpartition(".")[2] not in usable]
+    if wrong:
+        raise ConfigError(
+            f"training.lora.target_modules: {', '.join(map(repr, wrong))} cannot be adapted in"
+            f" {type(model).__name__}. Linear layers that can: {', '.join(usable)}; or use 'all-linear'."
+        )
 
 
 def adapter_files(model: "PeftModel", *, base_name: str) -> dict[str, bytes]:
@@ -203,21 +230,3 @@ def _adapter_settings(content: bytes) -> dict[str, Any]:
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise CheckpointError(f"{CONFIG_FILE} does not describe a LoRA adapter.")
     return settings
-
-
-def _check_targets(model: "PreTrainedModel", targets: Sequence[str]) -> None:
-    output = model.get_output_embeddings()
-    names: dict[str, list[nn.Module]] = {}
-    for path, module in model.named_modules():
-        # GPT-2 calls its linear layers Conv1D
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            names.setdefault(path.rpartition(".")[2], []).append(module)
-    usable = sorted(
-        name for name, modules in names.items() if not any(module is output for module in modules)
-    )
-    wrong = [target for target in targets if target.rpartition(".")[2] not in usable]
-    if wrong:
-        raise ConfigError(
-            f"training.lora.target_modules: {', '.join(map(repr, wrong))} cannot be adapted in"
-            f" {type(model).__name__}. Linear layers that can: {', '.join(usable)}; or use 'all-linear'."
-        )

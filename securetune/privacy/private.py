@@ -89,7 +89,7 @@ class PrivateTraining:
         self._is_broken = False  # a micro-batch failed on its way into the sum
         self._micro_batches: list[_MicroBatch] = []  # of the running step, still to be handed out
         self._in_hand: _MicroBatch | None = None  # handed out, not yet differentiated
-        self._buffers: dict[str, tuple[int, int]] = {}  # as they were when the step began
+        self._versions: dict[str, tuple[int, int]] = {}  # when the step began
 
     def __enter__(self) -> Self:
         return self
@@ -153,7 +153,7 @@ class PrivateTraining:
                 )
             self._micro_batches = _split(self._sampler.draw_next(), micro_batch_size)
             self._is_in_step = True
-            self._buffers = _buffer_versions(self.grads.model)
+            self._versions = _saved_versions(self.grads.model)
             yield self._hand_out(collate)
         self.close()
 
@@ -230,7 +230,7 @@ class PrivateTraining:
                 "depends on the data, and epsilon does not cover that: run the loop over micro-batches to "
                 "its end."
             )
-        self._refuse_moved_buffers()
+        self._refuse_written()
         self._step.finish()
         self._is_in_step = False
 
@@ -242,12 +242,12 @@ class PrivateTraining:
                 "for example with smaller micro-batches: its ledger goes on."
             )
 
-    def _refuse_moved_buffers(self) -> None:
-        now = _buffer_versions(self.grads.model)
-        moved = sorted(name for name in now if now[name] != self._buffers.get(name))
+    def _refuse_written(self) -> None:
+        now = _saved_versions(self.grads.model)
+        moved = sorted(name for name in now if now[name] != self._versions.get(name))
         if moved:
             raise PrivacyError(
-                f"buffer {moved[0]} changed in this step, and {len(moved) - 1} others. What a forward pass "
+                f"{moved[0]} changed in this step, and {len(moved) - 1} others. What a forward pass "
                 "on private records writes into the model has no noise and would be saved with it. Put the "
                 "module that keeps such statistics into evaluation mode, or replace it."
             )
@@ -474,13 +474,15 @@ def _say_what_was_charged(ledger: Ledger) -> None:
         )
 
 
-def _buffer_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Which tensor each buffer is that is saved with the model, and how often it was written to."""
+def _saved_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensor each buffer and frozen parameter is that is saved, and how often it was written to."""
     versions: dict[str, tuple[int, int]] = {}
     for prefix, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                versions[f"{prefix}.{name}".lstrip(".")] = (id(buffer), buffer._version)
+        for name, tensor in (*module._buffers.items(), *module._parameters.items()):
+            if tensor is None or name in module._non_persistent_buffers_set:
+                continue
+            if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad):
+                versions[f"{prefix}.{name}".lstrip(".")] = (id(tensor), tensor._version)
     return versions
 
 

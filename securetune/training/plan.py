@@ -187,6 +187,7 @@ def make_plan(
 
     Raises:
         PrivacyError: If no noise reaches the target.
+        ConfigError: If adapters cannot be put where the recipe wants them.
         MachineError: If the model is not here.
     """
     privacy = plan_privacy(privacy_spec(recipe)) if recipe.privacy.enabled else None
@@ -196,6 +197,10 @@ def make_plan(
         from securetune.training.subjects import load_recipe_base
 
         base = load_recipe_base(recipe)
+    if recipe.training.lora is not None:
+        from securetune.models.adapters import check_targets
+
+        check_targets(base.model, recipe.training.lora.target_modules)
     tokens = tokens_per_record or recipe.data.max_length / 2
     size = measure_size(recipe, base, tokens_per_record=tokens)
     distribution = None

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from securetune.privacy.per_sample.functional import FunctionalPath
+from securetune.privacy.per_sample.functional import SequencePath
 
 
-class AttentionPath(FunctionalPath):
+class AttentionPath(SequencePath):
     """``nn.MultiheadAttention``, with its dropout and any mask."""
 
     def run(
@@ -43,7 +43,7 @@ class AttentionPath(FunctionalPath):
             raise self._not_splittable(f"its input has shape {list(query.shape)}, without a batch dimension")
         is_swapped = not self.module.batch_first
         if is_swapped:
-            query, key, value = (part.transpose(0, 1) for part in (query, key, value))
+            query, key, value = self._swap(query, key, value)
         if attn_mask is not None:
             is_alike = attn_mask.ndim == 2
             attn_mask = attn_mask[None] if is_alike else attn_mask.unflatten(0, (len(query), -1))

@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.attention import AttentionPath, attention_path
+from securetune.privacy.per_sample.bags import BagPath
 from securetune.privacy.per_sample.conv import conv_path
 from securetune.privacy.per_sample.disentangled import disentangled_path, table_path
 from securetune.privacy.per_sample.frozen import frozen_linear_path
@@ -54,6 +55,7 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
     for name, module in model.named_modules():
         _refuse_coupling(name, module)
         _refuse_merged_adapter(name, module)
+        _refuse_embedding_options(name, module)
         if any(name == prefix or not prefix or name.startswith(f"{prefix}.") for prefix in covered):
             continue
         if _has_trainable_prompt(module):
@@ -111,8 +113,9 @@ def find_paths(model: nn.Module, engine: "PerSampleGradients") -> list[Path]:
             covered.append(name)
         elif _is_dense(module):
             paths.append(DensePath(engine, name, module))
+        elif isinstance(module, nn.EmbeddingBag) and _has_forward_of(module, nn.EmbeddingBag):
+            paths.append(BagPath(engine, name, module))
         elif isinstance(module, nn.Embedding):
-            _refuse_embedding_options(name, module)
             path = EmbeddingPath(engine, name, module)
             paths.append(path if _has_forward_of(module, nn.Embedding) else SubclassPath(path))
         elif (spatial := conv_path(engine, name, module)) is not None:
@@ -265,12 +268,15 @@ def _refuse_merged_adapter(name: str, module: nn.Module) -> None:
         )
 
 
-def _refuse_embedding_options(name: str, module: nn.Embedding) -> None:
-    if module.max_norm is not None:
+def _refuse_embedding_options(name: str, module: nn.Module) -> None:
+    if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return
+    if module.max_norm is not None:  # frozen or not
         raise PrivacyError(
-            f"layer {name} has max_norm, which changes weights in the forward pass. Set it to None."
+            f"layer {name} has max_norm, which changes the weights of what private samples look up, without "
+            "noise. Set it to None."
         )
-    if module.scale_grad_by_freq:
+    if module.scale_grad_by_freq and module.weight.requires_grad:
         raise PrivacyError(
             f"layer {name} has scale_grad_by_freq, which counts ids over the whole batch and so couples "
             "samples. Set it to False."

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.functional import FunctionalPath, Rerun, detach_all
-from securetune.privacy.per_sample.paths import Path, recorded
+from securetune.privacy.per_sample.paths import ROOT, Path, recorded
 
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
@@ -37,6 +37,8 @@ class RelativeTablePath(FunctionalPath):
         parts: Names of the modules in it that the method uses.
     """
 
+    _tells_rows = False
+
     def __init__(self, engine: "PerSampleGradients", name: str, encoder: Any, parts: Sequence[str]) -> None:
         super().__init__(engine, name, encoder)
         self._parts = parts
@@ -45,7 +47,7 @@ class RelativeTablePath(FunctionalPath):
     @property
     def prefixes(self) -> list[str]:
         """Names of the modules that are handled here."""
-        return [f"{self.name}.{part}" if self.name else part for part in self._parts]
+        return [part if self.name == ROOT else f"{self.name}.{part}" for part in self._parts]
 
     def attach(self) -> None:
         """Stand in for the method."""
@@ -210,7 +212,7 @@ def disentangled_path(
     if not _is_disentangled(module) or Path(engine, name, module).parameters:
         return None
     tables = [path for path in paths if isinstance(path, RelativeTablePath)]
-    table = next((path for path in tables if name.startswith(f"{path.name}.") or not path.name), None)
+    table = next((path for path in tables if name.startswith(f"{path.name}.") or path.name == ROOT), None)
     if table is None and not any(parameter.requires_grad for parameter in module.parameters()):
         return None
     return DisentangledPath(engine, name, module, table)

@@ -68,6 +68,7 @@ class PerSampleGradients:
         are_exchanged: Whether a wrapper puts other parameters in the place of these for each pass (FSDP2).
         agree_on_most: The largest of a number over the processes that share a sharded model, whose passes
             must keep pace; None where passes are each process' own.
+        watch: How many rows the modules of the running forward pass had.
         before_pass: Called with the losses before each backward pass through their graph, for wrappers whose
             hooks expect one only (ZeRO-3); None for others.
         calls: Names of the paths that ran forward since the last pass.
@@ -114,7 +115,7 @@ class PerSampleGradients:
         self._taker: Taker | None = None  # of the running pass
         self._is_second = False  # whether the rows are written, and factors are all that is wanted
         self._repeated = {place.index for place in self.parameters if self._owners[id(place.parameter)] > 1}
-        self._watch = RowWatch(model, self.paths)
+        self.watch = RowWatch(model, self.paths)
         for path in self.paths:
             path.attach()
 
@@ -128,7 +129,7 @@ class PerSampleGradients:
         """Give the modules their own forward back."""
         for path in self.paths:
             path.detach()
-        self._watch.detach()
+        self.watch.detach()
 
     def parameter_names(self) -> list[str]:
         """Return the names of the trainable parameters in canonical order."""
@@ -189,7 +190,7 @@ class PerSampleGradients:
             self._run(losses, None)
         rows = self._finish_rows()
         factored, self._factored = self._factored, {}
-        self._watch.forget()
+        self.watch.forget()
         return BatchGradients(self.parameters, rows, self._row_columns, factored, units)
 
     @property
@@ -202,7 +203,8 @@ class PerSampleGradients:
         refuse_gradients(self.parameters, "before the pass")
         self._recording = True
         try:
-            self._prove_isolation(losses)
+            if not self._is_second:
+                self._prove_isolation(losses)
             self._taker = taker
             may_prove_again = self._isolation.has_silent_layers and self.agree_on_most is None
             self._differentiate(losses, None, retain_graph=retain_graph or may_prove_again)
@@ -234,7 +236,7 @@ class PerSampleGradients:
             finally:
                 self._is_second = False
             factored, self._factored = self._factored, {}
-            self._watch.forget()
+            self.watch.forget()
             return factored
 
         while True:
@@ -299,16 +301,7 @@ class PerSampleGradients:
         finally:
             for path in self.paths:
                 path.attach()
-            self._watch.forget()  # no backward() of ours follows, and the next pass may have other rows
-
-    def rows_to_look_up(self, ids: Tensor) -> int | None:
-        """Number of rows that share ids ``[T]`` or ``[1, T]``, where the running forward pass told."""
-        return self._watch.rows_to_look_up(ids)
-
-    @property
-    def nearest_rows(self) -> int | None:
-        """Number of rows that the innermost watched module got: windows of images, where it splits them."""
-        return self._watch.nearest_rows
+            self.watch.forget()  # no backward() of ours follows, and the next pass may have other rows
 
     def place_of(self, parameter: nn.Parameter) -> TrainableParameter | None:
         """Return the place of a parameter, None for a frozen one."""
@@ -451,9 +444,13 @@ class PerSampleGradients:
 
     def _prove_isolation(self, losses: Tensor) -> None:
         """Prove that samples are isolated, where this batch is the first of its kind."""
-        given, seen = self._watch.given_samples, self._watch.batch_rows
-        state = (self.model.training, 1.0 if seen is None else seen / self._rows)
-        is_told = self._is_count_told or self._isolation.is_proven(state)
+        given, seen = self.watch.given_samples, self.watch.batch_rows
+        ratio, unlike = (
+            1.0 if seen is None else seen / self._rows,
+            self.watch.rows_unlike_the_arguments(self._rows),
+        )
+        state = (self.model.training, ratio, unlike)
+        is_told = self._is_count_told or self._isolation.was_isolated(state)
         if self._rows == 1 and given is not None and given > 1 and not is_told:
             raise PrivacyError(
                 f"the model got {given} rows and there is one loss. A mean or sum over the batch mixes "

@@ -80,10 +80,6 @@ class FunctionalPath(Path):
         unknown = [key for key, parameter in named.items() if self.engine.place_of(parameter) is None]
         if unknown:
             raise trains_now(self.name, unknown[0])
-        if isinstance(self.module, nn.EmbeddingBag) and any(
-            isinstance(ids, Tensor) and ids.ndim == 1 for ids in (*args, *kwargs.values())
-        ):
-            raise self._not_splittable("ids in one row with offsets are bags of several samples; give [B, T]")
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         others = [
@@ -123,7 +119,7 @@ class FunctionalPath(Path):
 
         parts = [outputs[i] for i in watched]
         if is_shared:
-            rows = self.engine.nearest_rows
+            rows = self.engine.watch.nearest_rows
             assert rows is not None
             parts = [part.expand(rows, *part.shape[1:]) if part.shape[:1] == (1,) else part for part in parts]
         for i, part in zip(watched, recorded_all(self, parts, record, *tensors, *draws.drawn), strict=True):
@@ -135,7 +131,7 @@ class FunctionalPath(Path):
 
     def _is_shared(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the module runs once for all samples, as a table of relative positions does."""
-        rows = self.engine.nearest_rows
+        rows = self.engine.watch.nearest_rows
         return rows is not None and rows > 1 and not any(value.shape[:1] > (1,) for value in tensors)
 
     def _record(
@@ -294,6 +290,21 @@ class FunctionalPath(Path):
         return self._original(*args, **kwargs)
 
 
+class SequencePath(FunctionalPath):
+    """A layer of torch over sequences, which may have their positions first: ``[T, B, d]``."""
+
+    _tells_rows = False
+
+    def _swap(self, *parts: Tensor) -> list[Tensor]:
+        """Put the samples of ``[T, B, d]`` first."""
+        self.engine.watch.positions_first = parts[0].shape[:2]
+        return [part.transpose(0, 1) for part in parts]
+
+    def _is_shared(self, tensors: Sequence[Tensor]) -> bool:
+        # the rows of a module around it may be positions, where the batch has one sample
+        return super()._is_shared(tensors) and tensors[0].shape[1] != self.engine.watch.nearest_rows
+
+
 class PromptPath(FunctionalPath):
     """Prompt tuning and p-tuning: peft makes one prompt and repeats it, so the output is watched instead.
 
@@ -363,10 +374,10 @@ class PositionBiasPath(FunctionalPath):
         return {f"{self._table}.weight": getattr(self.module, self._table).weight}
 
     def _is_shared(self, tensors: Sequence[Tensor]) -> bool:
-        return self.engine.nearest_rows is not None
+        return self.engine.watch.nearest_rows is not None
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        rows = self.engine.nearest_rows
+        rows = self.engine.watch.nearest_rows
         if rows is None or torch.is_grad_enabled():
             return super()._call(*args, **kwargs)
         # reentrant checkpointing runs layers without gradients first, and compares the shapes

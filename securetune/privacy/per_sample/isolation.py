@@ -10,21 +10,29 @@ from securetune.errors import PrivacyError
 
 _logger = logging.getLogger(__name__)
 
-State = tuple[bool, float]  # whether the model trains, and the rows that it gets for each sample
+# whether the model trains, the rows that it gets for each sample, and the layers whose rows the data may
+# choose, None of these where they do
+State = tuple[bool, float, frozenset[tuple[str, int]] | None]
 Differentiate = Callable[[Tensor], None]
+_FIRST_SPLIT = 16  # later ones cost 2 passes each time that the number of batches has doubled
 
 
 class IsolationProof:
     """Prove that no sample's loss reaches another's rows.
 
     Each pass differentiates the samples whose number has one bit set, or not set, so that every pair is told
-    apart. It is done again for another state of the model; a batch without any finite gradient proves
-    nothing, and neither does a layer's gradient that is zero, as below weights that start at zero: such a
-    layer is silent, and its first gradient asks for another proof.
+    apart. It is done again for another state of the model, and for each batch where the data choose the
+    rows of a layer; a batch without any finite gradient proves nothing. Neither does a layer's gradient
+    that is zero, as below weights that start at zero: such a layer is silent, and its first gradient asks
+    for another proof. The batches 16, 32, 64 and so on after a proof are split at random: samples that the
+    model sorts may have come sorted.
     """
 
     def __init__(self) -> None:
         self._differentiated: Tensor | None = None  # [B], bool: whose losses the running pass differentiates
+        self._batches: dict[State, int] = {}  # since the proof of each state
+        self._isolated: set[tuple[bool, float]] = set()  # what a batch was isolated in
+        self._generator = torch.Generator()  # its own, since the training's must not move
         self._reached: set[str] = set()  # layers whose gradient in this proof was not zero
         self._called: set[str] = set()
         self._silent: dict[State, set[str]] = {}  # layers that the proof of a state told nothing about
@@ -37,9 +45,9 @@ class IsolationProof:
         """Whether a pass of the proof is running."""
         return self._differentiated is not None
 
-    def is_proven(self, state: State, calls: Collection[str] = ()) -> bool:
-        """Whether a batch of this state was found to be isolated, in which these layers ran."""
-        return state in self._silent and self._known[state].issuperset(calls)
+    def was_isolated(self, state: State) -> bool:
+        """Whether a batch of as many rows for each sample was found to be isolated."""
+        return state[:2] in self._isolated
 
     @property
     def has_silent_layers(self) -> bool:
@@ -48,6 +56,8 @@ class IsolationProof:
 
     def forget(self) -> None:
         """Prove anew at the next batch: another loss may follow."""
+        self._batches.clear()
+        self._isolated.clear()
         self._silent.clear()
         self._known.clear()
 
@@ -65,7 +75,7 @@ class IsolationProof:
         """Whether a silent layer had a gradient since the last call; then this state is unproven again."""
         was_asked, self._is_asked_again = self._is_asked_again, False
         if was_asked and self._state is not None:
-            del self._silent[self._state]
+            self._batches.pop(self._state, None)
         return was_asked
 
     def run(
@@ -94,13 +104,20 @@ class IsolationProof:
             PrivacyError: If a sample's loss reaches another's rows.
         """
         self._state = state
-        num_bits = 0 if self.is_proven(state, calls) else (num_samples - 1).bit_length()
+        is_proven = state in self._batches and self._known[state].issuperset(calls)
+        num_bits = (num_samples - 1).bit_length()
+        if is_proven and num_bits:
+            self._batches[state] += 1
+            count = self._batches[state]
+            num_bits = int(count >= _FIRST_SPLIT and count & (count - 1) == 0)
         if agree_on_most is not None:
             num_bits = agree_on_most(num_bits)
         if not num_bits:
             return
         self._reached, self._called = set(), set()
         numbers = torch.arange(num_samples, device=device)
+        if is_proven:
+            numbers = torch.randperm(num_samples, generator=self._generator).to(device)
         masks = [(numbers >> bit & 1).bool() for bit in range(num_bits)]
         try:
             for self._differentiated in (part for mask in masks for part in (mask, ~mask)):
@@ -108,8 +125,7 @@ class IsolationProof:
         except RuntimeError as error:
             if "donated buffer" not in str(error):
                 raise
-            self._silent[state] = set()
-            self._known.setdefault(state, set()).update(calls)
+            self._note_proof(state, set(), calls)
             _logger.warning(
                 "a compiled model keeps no second backward pass, so the proof that samples are not coupled "
                 "did not run; check(losses_of, batch_size) does the same."
@@ -118,7 +134,13 @@ class IsolationProof:
         finally:
             self._differentiated = None
         if self._reached:
-            self._silent[state] = (self._silent.get(state, set()) | self._called) - self._reached
+            self._note_proof(state, self._called - self._reached, calls)
+
+    def _note_proof(self, state: State, silent: set[str], calls: Collection[str]) -> None:
+        self._isolated.add(state[:2])
+        if state[2] is not None:
+            self._batches.setdefault(state, 0)
+            self._silent[state] = (self._silent.get(state, set()) | silent) - self._reached
             self._known.setdefault(state, set()).update(calls)
 
     def refuse_coupled(self, g: Tensor, name: str) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
 
 Record = Callable[[Tensor], None]
+ROOT = "(root)"  # name of a model that is a layer itself
 TRANSPOSES = (
     Tensor.T.__get__,  # pyright: ignore[reportAttributeAccessIssue]
     Tensor.mT.__get__,  # pyright: ignore[reportAttributeAccessIssue]
@@ -38,12 +39,14 @@ class Path:
 
     Args:
         engine: Who records.
-        name: The module's name in the model.
+        name: The module's name in the model; empty for the model itself.
         module: The module.
     """
 
+    _tells_rows = True  # whether the first dimension of its output counts samples, or positions of samples
+
     def __init__(self, engine: "PerSampleGradients", name: str, module: Any) -> None:
-        self.engine, self.name, self.module = engine, name, module
+        self.engine, self.name, self.module = engine, name or ROOT, module
         self._is_attached = False
         self._owned = [
             (part, key, place)
@@ -101,10 +104,7 @@ class Path:
         Raises:
             PrivacyError: Always.
         """
-        raise PrivacyError(
-            "a model with per-sample gradients can't be copied or pickled. Copy it before "
-            "PerSampleGradients, or call detach() first; state_dict() works at any time."
-        )
+        raise no_copies()
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -116,7 +116,12 @@ class Path:
             self.engine.meet(self._owned)
         else:
             self._refuse_replaced()
-        return self.run(*args, **kwargs)
+        y = self.run(*args, **kwargs)
+        if self._owned and self._tells_rows:
+            first = y[0] if isinstance(y, tuple) else y
+            if isinstance(first, Tensor) and first.ndim:
+                self.engine.watch.note_output(self.name, first.shape[0])
+        return y
 
     def _refuse_replaced(self) -> None:
         """Refuse parameters in the place of those that the engine knows: they would get no gradient."""
@@ -199,13 +204,15 @@ class _Multiply(torch.autograd.Function):
 class EmbeddingPath(Path):
     """``nn.Embedding``: ids and output gradients; ids given once for all samples are looked up per sample."""
 
+    _tells_rows = False
+
     def __init__(self, engine: "PerSampleGradients", name: str, module: Any) -> None:
         super().__init__(engine, name, module)
         self._uses: set[str] = set()  # what its positions met
 
     def run(self, ids: Tensor) -> Tensor:
         """Run the lookup; ``ids``: ``[B, ...]``, ``[1, ...]``, or ``[T]`` for all samples."""
-        rows = self.engine.rows_to_look_up(ids)
+        rows = self.engine.watch.rows_to_look_up(ids)
         if rows is None or rows == 1:
             return self._look_up(ids)
         if ids.ndim == 1:
@@ -319,6 +326,18 @@ def refuse_plain_backward(path: Path) -> None:
 @torch.compiler.disable
 def _outside_of_the_graph(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return call(*args, **kwargs)
+
+
+def no_copies() -> PrivacyError:
+    """Explain why a model with paths can't be copied or pickled.
+
+    Returns:
+        The error to raise.
+    """
+    return PrivacyError(
+        "a model with per-sample gradients can't be copied or pickled. Copy it before "
+        "PerSampleGradients, or call detach() first; state_dict() works at any time."
+    )
 
 
 def detached(parameter: Tensor | None) -> Tensor | None:

@@ -12,10 +12,10 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from securetune.errors import PrivacyError
-from securetune.privacy.per_sample.functional import FunctionalPath
+from securetune.privacy.per_sample.functional import SequencePath
 
 
-class RecurrentPath(FunctionalPath):
+class RecurrentPath(SequencePath):
     """``nn.RNN``, ``nn.LSTM`` and ``nn.GRU``, whatever their ``batch_first``."""
 
     def run(self, x: Tensor | PackedSequence, state: Any = None) -> Any:
@@ -45,7 +45,7 @@ class RecurrentPath(FunctionalPath):
                 "Give it a batch: [B, T, d]."
             )
         is_swapped = not self.module.batch_first
-        y, last = super().run(_swapped(x) if is_swapped else x, given, self._masks(x), None)
+        y, last = super().run(self._swap(x)[0].contiguous() if is_swapped else x, given, self._masks(x), None)
         return _swapped(y) if is_swapped else y, _swapped(last)
 
     def _masks(self, x: Tensor | PackedSequence) -> list[Tensor]:

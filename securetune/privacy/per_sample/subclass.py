@@ -96,7 +96,7 @@ class SubclassPath(Path):
 
     def __init__(self, inner: Path) -> None:
         super().__init__(inner.engine, inner.name, inner.module)
-        self._inner = inner
+        self._inner, self._tells_rows = inner, inner._tells_rows
         self._whole: FunctionalPath | None = None
         self._is_decided = any(
             p.requires_grad for child in self.module.children() for p in child.parameters()

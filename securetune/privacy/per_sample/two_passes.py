@@ -208,6 +208,7 @@ class _Summing:
         for index, found in self._prints.items():
             group = 0 if self._group_of is None else self._group_of[index]
             difference, size = found[:, :, self._kept[group]].unbind(1)
+            size = size.clamp_min(torch.finfo(size.dtype).tiny ** 0.5)  # squares vanish below
             if not bool((difference.abs() <= self._tolerances.get(index, 0.0) * size).all()):
                 _refuse_other_values(parameters[index])
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from securetune.privacy.clipping import ROUNDING_EXCESS
@@ -232,6 +233,20 @@ class TestNorms:
         engine = assert_exact(model, x, expected=expected, tolerance=1e-5)
         assert isinstance(engine.paths[0], RmsNormPath)
 
+    @pytest.mark.parametrize("build", [nn.LayerNorm, nn.RMSNorm, LlamaRMSNorm, GemmaRMSNorm, Olmo2RMSNorm])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("has_wide_weights", [False, True])
+    @pytest.mark.parametrize("x_scale", [1.0, 0.02])
+    def test_output_of_short_floats_stays_what_it_was(self, build, dtype, has_wide_weights, x_scale):
+        """The smallest allowed mean square, the dtype of the output, and what is rounded to it."""
+        model = random_parameters(nn.Sequential(build(13)).to(torch.float32 if has_wide_weights else dtype))
+        x = (x_scale * randn(3, 7, 13)).to(dtype)
+        with torch.autocast("cpu", dtype=dtype, enabled=has_wide_weights):
+            expected = model(x)
+            PerSampleGradients(model)
+            found = model(x)
+        torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
     @pytest.mark.parametrize("build", [nn.RMSNorm, LlamaRMSNorm, GemmaRMSNorm])
     def test_frozen_norm_passes_the_gradient_on(self, build):
         model = sequence(nn.Linear(6, 6), build(6), nn.Linear(6, 3))
@@ -244,9 +259,14 @@ class TestNorms:
         getattr(model[0], frozen).requires_grad_(False)
         assert_exact(model, randn(3, 7, 5, 6))
 
-    def test_gemmas_norm_is_no_plain_one(self):
-        engine = PerSampleGradients(sequence(GemmaRMSNorm(6)))
-        assert not isinstance(engine.paths[0], RmsNormPath)
+    @pytest.mark.parametrize("is_elsewhere", [False, True])
+    @pytest.mark.parametrize(("build", "is_plain"), [(GemmaRMSNorm, False), (LlamaRMSNorm, True)])
+    def test_plain_norms_are_told_by_what_they_compute(self, build, is_plain, is_elsewhere):
+        model = nn.Sequential(build(6))
+        if is_elsewhere:  # as ZeRO-3 leaves a parameter between its uses
+            model[0].weight = nn.Parameter(torch.empty(0))
+            model[0].weight.ds_shape = torch.Size([6])
+        assert isinstance(PerSampleGradients(model).paths[0], RmsNormPath) == is_plain
 
 
 class Mix(nn.Module):

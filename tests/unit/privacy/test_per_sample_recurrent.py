@@ -69,6 +69,49 @@ def test_outputs_and_states(kind, options, batch_first, read):
     assert_exact(random_parameters(model.double()), randn(3, 5, 6))
 
 
+class Second(nn.Module):
+    """A part of a model whose tensors are ``[T, B, d]``; ``inner`` calls its layer with ``[B, T, d]``."""
+
+    def __init__(self, layer: nn.Module, *, inner: bool) -> None:
+        super().__init__()
+        self.layer, self.inner = layer, inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = x.transpose(0, 1) if self.inner else x
+        y = self.layer(*[given] * (3 if isinstance(self.layer, nn.MultiheadAttention) else 1))[0]
+        return y.transpose(0, 1) if self.inner else y
+
+
+@pytest.mark.parametrize("inner", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", [*KINDS, nn.MultiheadAttention])
+def test_positions_first(kind, batch, inner):
+    sizes = (6, 2) if kind is nn.MultiheadAttention else (6, 3)
+    part = random_parameters(Second(kind(*sizes, batch_first=inner), inner=inner).double())
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = part
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(x.transpose(0, 1)).transpose(0, 1)
+
+    assert_exact(Whole(), randn(batch, 5, 6))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", [*KINDS, nn.MultiheadAttention])
+def test_a_model_that_gets_its_positions_first(kind, batch):
+    sizes = (6, 2) if kind is nn.MultiheadAttention else (6, 3)
+    model = random_parameters(Second(kind(*sizes), inner=False).double())
+
+    def losses(model: nn.Module, x: Tensor) -> Tensor:
+        return (model(x.transpose(0, 1)) + 0.3).square().sum(dim=(0, 2))
+
+    assert_exact(model, randn(batch, 5, 6), losses)
+
+
 @pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("kind", KINDS)

@@ -199,6 +199,29 @@ def live_storages() -> dict[int, int]:
     return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-30, 1e-37])
+def test_a_layer_used_several_times_on_a_sample_whose_squares_vanish(scale):
+    class Often(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6, bias=False)
+
+        def forward(self, x):
+            return sum(self.layer(part) for part in x.unbind(dim=1))
+
+    model = random_parameters(Often())
+    x = torch.randn(4, 7, 5, 6, generator=torch.Generator().manual_seed(1))
+    x[1] *= scale
+    expected = PerSampleGradients(model)
+    whole = expected.backward((model(x) + 0.3).square().sum(dim=(1, 2))).materialize().sum(dim=0)
+    expected.detach()
+    engine = PerSampleGradients(model, passes=2)
+    grads = engine.backward((model(x) + 0.3).square().sum(dim=(1, 2)))
+    out = torch.zeros(engine.num_params)
+    grads.accumulate(torch.ones(4, 1), out)
+    assert relative_error(out, whole.double()) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_factors_of_no_layer_outlive_it(monkeypatch):
     kept = {}

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from securetune.config import parse_recipe
+from securetune.errors import ConfigError
 from securetune.models.base import BaseModel
 from securetune.privacy.accounting import epsilon_spent
 from securetune.training.memory import count_adapters
@@ -130,3 +131,8 @@ def test_adapter_size_is_what_peft_makes(base, targets):
     actual = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     fresh = dataclasses.replace(base, model=tiny_llama())
     assert count_adapters(plan.recipe.training.lora, fresh) == actual
+
+
+def test_modules_that_cannot_be_adapted_are_refused_before_a_run(base):
+    with pytest.raises(ConfigError, match=r"target_modules: 'query' cannot be adapted .* up_proj, v_proj"):
+        plan_of(base, training__lora__target_modules=["q_proj", "query"])
