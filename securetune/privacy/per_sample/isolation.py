@@ -1,4 +1,4 @@
-"""The proof that no sample's loss depends on another sample, in extra passes over a first batch."""
+"""The proof that no sample's loss depends on another sample, in extra passes over a batch now and then."""
 
 import logging
 from collections.abc import Callable, Collection
