@@ -1,9 +1,9 @@
 """Which module of a model gets which exact per-sample path, and which is refused."""
 
-import functools
 import inspect
 import re
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -26,6 +26,8 @@ from securetune.privacy.per_sample.tied_uses import tied_uses_path
 if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
 
+# weak: a class made in a function keeps alive what its methods close over
+_sources: WeakKeyDictionary[type[nn.Module], str] = WeakKeyDictionary()
 _KNOWN_LAYERS = (
     nn.Linear,
     nn.Embedding,
@@ -204,12 +206,13 @@ def _uses_containers(module: nn.Module) -> bool:
     )
 
 
-@functools.cache
 def _source(kind: type[nn.Module]) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # made where no file is
-        return ""
+    if kind not in _sources:
+        try:
+            _sources[kind] = inspect.getsource(kind)
+        except (OSError, TypeError):  # made where no file is
+            _sources[kind] = ""
+    return _sources[kind]
 
 
 def _is_dense(module: nn.Module) -> bool:

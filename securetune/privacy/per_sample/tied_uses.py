@@ -4,6 +4,7 @@ import functools
 import inspect
 import re
 from collections.abc import Sequence
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,7 +102,8 @@ def tied_uses_path(engine: "PerSampleGradients", name: str, module: nn.Module) -
     """
     prefix = f"{name}." if name else ""
     layers: list[tuple[str, nn.Module]] = []
-    for key in _weights_named_in(type(module)):
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    for key in () if code is None else _weights_named_in(code):
         try:
             layer = module.get_submodule(key)
         except AttributeError:
@@ -111,13 +113,13 @@ def tied_uses_path(engine: "PerSampleGradients", name: str, module: nn.Module) -
     return TiedUsesPath(engine, name, module, layers) if layers else None
 
 
-@functools.cache
-def _weights_named_in(kind: type[nn.Module]) -> tuple[str, ...]:
+@functools.cache  # by code: a class would keep alive what its methods close over
+def _weights_named_in(code: CodeType) -> tuple[str, ...]:
     try:
-        source, parameters = inspect.getsource(kind.forward), inspect.signature(kind.forward).parameters
-    except (OSError, TypeError, ValueError):  # made where no file is
+        source = inspect.getsource(code)
+    except (OSError, TypeError):  # made where no file is
         return ()
-    own = re.escape(next(iter(parameters), "self"))
+    own = re.escape(code.co_varnames[0] if code.co_argcount else "self")
     patterns = (pattern.replace("OWN", own) for pattern in (_PRODUCT, _TRANSPOSE, _ALIAS))
     return tuple(
         dict.fromkeys(key for pattern in patterns for key in re.findall(pattern, source, re.MULTILINE))

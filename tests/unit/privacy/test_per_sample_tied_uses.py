@@ -1,6 +1,8 @@
 """Modules that multiply with a layer's weight beside calling it, against autograd on one sample at a time."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -172,3 +174,27 @@ def test_layers_whose_weight_is_only_looked_at_are_left_alone():
     for module in modules:
         engine = PerSampleGradients(module)
         assert "TiedUsesPath" not in [type(path).__name__ for path in engine.paths]
+
+
+def trained_and_let_go() -> weakref.ref[nn.Module]:
+    layer = random_parameters(nn.Linear(6, 6).double())
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model = Inner()
+    engine = PerSampleGradients(model)
+    engine.backward(square_losses(model, torch.ones(3, 6, dtype=torch.float64)))
+    engine.detach()
+    return weakref.ref(layer)
+
+
+def test_a_model_of_a_class_made_in_a_function_is_freed():
+    layer = trained_and_let_go()
+    gc.collect()
+    assert layer() is None
