@@ -74,4 +74,5 @@ def test_peaks_are_about_those_of_the_plan(workshop, name):
         expected = counted["total"] - counted["process"]
         mib = {key: round(value / 2**20) for key, value in (("peak", peak), ("counted", expected))}
         # the first process checks gradients before, and reloads the base to seal it after
-        assert 0.5 < peak / expected < 1.6, (mib, found)
+        # and what planning left free on the heap, more or less of it, is used again
+        assert 0.33 < peak / expected < 1.6, (mib, found)
