@@ -187,9 +187,8 @@ class PrivateTraining:
             )
         expected = len(self._in_hand.positions)
         if not isinstance(losses, Tensor) or losses.shape != (expected,):
-            got = (
-                f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
-            )
+            shape = list(losses.shape) if isinstance(losses, Tensor) else None
+            got = f"a {type(losses).__name__}" if shape is None else f"shape {shape}"
             raise PrivacyError(
                 f"losses must hold one value for each of the {expected} records of the micro-batch, a tensor "
                 f"of shape [{expected}], got {got}. Use reduction='none', average within each "
