@@ -120,12 +120,15 @@ def check_targets(model: "PreTrainedModel", targets: Sequence[str]) -> None:
         )
 
 
-def adapter_files(model: "PeftModel", *, base_name: str) -> dict[str, bytes]:
+def adapter_files(
+    model: "PeftModel", *, base_name: str, trained: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, bytes]:
     """Turn the adapters into the files peft itself would write.
 
     Args:
         model: From :func:`adapt` or :func:`load_adapter`.
         base_name: How the recipe names the base model; written instead of a path on this machine.
+        trained: The adapters' weights by parameter name; None takes those of the model, which is then whole.
 
     Returns:
         ``adapter_config.json`` and ``adapter_model.safetensors``. Equal adapters give equal bytes.
@@ -136,7 +139,7 @@ def adapter_files(model: "PeftModel", *, base_name: str) -> dict[str, bytes]:
     config = model.peft_config["default"].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     config |= {_BASE_KEY: base_name, "inference_mode": True}
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
     return {
         CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),

@@ -20,7 +20,7 @@ CONFIG_FILE = "config.json"
 _COPIED = ("generation_config.json", *TOKENIZER_FILES)
 _SUFFIX = ".safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
-_SHARD_BYTES = 1 << 30  # a shard is held in memory while it is sealed
+SHARD_BYTES = 1 << 30  # a shard is held in memory while it is sealed
 _MAX_CONFIG_BYTES = 16 << 20
 # the code of another model, where this one was, and what it was stored as
 _NOT_KEPT = ("auto_map", "_name_or_path", "torch_dtype")
@@ -38,7 +38,13 @@ def unfreeze(model: "PreTrainedModel") -> "PreTrainedModel":
     return model.float().requires_grad_(True).eval()  # pyright: ignore[reportReturnType]
 
 
-def weight_files(model: nn.Module, base_folder: Path, *, shard_bytes: int = _SHARD_BYTES) -> LazyFiles:
+def weight_files(
+    model: nn.Module,
+    base_folder: Path,
+    *,
+    trained: Mapping[str, Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> LazyFiles:
     """Turn a whole model into the files that transformers reads.
 
     Guarantees:
@@ -46,14 +52,15 @@ def weight_files(model: nn.Module, base_folder: Path, *, shard_bytes: int = _SHA
         no folder of this machine and no code. Equal models give equal bytes.
 
     Args:
-        model: The model; a tied weight is written once.
+        model: The model, with its buffers; a tied weight is written once.
         base_folder: The folder it was loaded from, for its configuration and its tokenizer.
+        trained: Its weights by name; None takes those of the model, which is then whole.
         shard_bytes: Size from which on weights are split; a larger weight has a shard of its own.
 
     Returns:
         The files by name, each made when it is taken out.
     """
-    tensors = _own_tensors(model)
+    tensors = {**_own_tensors(model), **(trained or {})}
     shards: list[list[str]] = []
     room = 0
     for name, tensor in tensors.items():
@@ -68,7 +75,7 @@ def weight_files(model: nn.Module, base_folder: Path, *, shard_bytes: int = _SHA
         f"model{_SUFFIX}" if count == 1 else f"model-{number:05}-of-{count:05}{_SUFFIX}": names
         for number, names in enumerate(shards, start=1)
     }
-    makers = {CONFIG_FILE: partial(_config, base_folder, model)}
+    makers = {CONFIG_FILE: partial(_config, base_folder, next(iter(tensors.values())).dtype)}
     copied = [path for name in _COPIED if (path := base_folder / name).is_file()]
     makers |= {path.name: path.read_bytes for path in copied}
     if count > 1:
@@ -147,10 +154,10 @@ def _own_tensors(model: nn.Module) -> Mapping[str, Tensor]:
     return parameters | {name: tensor for name, tensor in saved.items() if id(tensor) not in shared}
 
 
-def _config(base_folder: Path, model: nn.Module) -> bytes:
+def _config(base_folder: Path, dtype: torch.dtype) -> bytes:
     config = read_json(base_folder / CONFIG_FILE, _MAX_CONFIG_BYTES)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    kept = {key: config[key] for key in config if key not in _NOT_KEPT} | {"dtype": dtype}
+    stored_as = str(dtype).removeprefix("torch.")
+    kept = {key: config[key] for key in config if key not in _NOT_KEPT} | {"dtype": stored_as}
     return _json(kept)
 
 

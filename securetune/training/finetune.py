@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from securetune.adversarial.validity import find_objective, require_private_training_allows
 from securetune.checkpoints import Sealer
@@ -18,7 +18,6 @@ from securetune.errors import PrivacyError
 from securetune.models.base import BaseModel
 from securetune.privacy.ledger import Ledger
 from securetune.privacy.per_sample import PerSampleGradients
-from securetune.privacy.per_sample.layout import trainable_parameters
 from securetune.privacy.step import OrdinaryStep
 from securetune.training.access import Access, forget
 from securetune.training.drawing import make_unit_sampler
@@ -105,7 +104,7 @@ def fine_tune(
     if plan.privacy is not None:  # patterns that fit no parameter are refused before the plain fine-tune
         make_clipping(recipe, noise_multiplier=plan.privacy.noise_multiplier).assign(grads.parameter_names())
     adversary = _adversary(subject, recipe, head)  # its unit of length is that of the whole base embedding
-    start = _fingerprint({place.name: place.parameter for place in grads.parameters})
+    start = {place.name: _fingerprint(place.parameter) for place in grads.parameters}
     grads.detach()
     prepared = strategy.prepare(model, partial(make_optimizer, recipe), passes=settings.passes)
     grads, optimizer = prepared.grads, prepared.optimizer
@@ -198,32 +197,38 @@ def fine_tune(
             shards.refresh()
         if ledger is not None and recipe.publish.release_epsilon is not None:
             _charge_releases(ledger, [*_test_epsilons(recipe), recipe.publish.release_epsilon])
-    trained = {place.name: strategy.whole(place) for place in grads.parameters}
-    if _fingerprint(trained) == start:
+    trained: dict[str, Tensor] = {}
+    end: dict[str, int] = {}
+    for place in grads.parameters:
+        whole = strategy.whole(place)
+        end[place.name] = _fingerprint(whole)
+        if strategy.is_first:  # the only one to seal them
+            trained[place.name] = whole
+    if not _moved(start, end):
         raise PrivacyError(
             "what is trained did not move: nothing was learnt. Check the learning rate and the data."
         )
 
-    def seal_whole() -> None:
-        whole = (model, base)
-        if not strategy.holds_whole:
-            fresh = load_recipe_base(recipe)
-            whole = (make_trainable(recipe, fresh), fresh)
-            _put(whole[0], trained)
-        _seal(subject, recipe, run, access, *whole)
+    def seal() -> None:
+        _seal(subject, recipe, run, access, sealed_files(recipe, model, base, trained), base)
 
-    strategy.on_first(seal_whole)
+    strategy.on_first(seal)
 
 
 def _seal(
-    subject: Subject, recipe: Recipe, run: RunFolder, access: Access, model: nn.Module, base: BaseModel
+    subject: Subject,
+    recipe: Recipe,
+    run: RunFolder,
+    access: Access,
+    files: Mapping[str, Mapping[str, bytes]],
+    base: BaseModel,
 ) -> None:
     is_private = subject == "hardened" and recipe.privacy.enabled
     public_files = {"ledger.jsonl": run.ledger.read_bytes()} if is_private else {}
     with access.sealer() as final:
         manifest = final.seal(
             checkpoint_of(run, subject),
-            sealed_files(recipe, model, base),
+            files,
             public_files=public_files,
             metadata=_metadata(subject, recipe, base),
         )
@@ -233,13 +238,6 @@ def _seal(
 
 def _state_folder(run: RunFolder, subject: str) -> Path:
     return run.work / f"{subject}-state"
-
-
-def _put(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
-    """Give a whole model the parameters that a sharded one learnt."""
-    with torch.no_grad():
-        for place in trainable_parameters(model):
-            place.parameter.copy_(trained[place.name])
 
 
 def _adversary(subject: str, recipe: Recipe, head: Head) -> Adversary | None:
@@ -384,10 +382,15 @@ def _sealer(access: Access, saved: SavedState | None) -> Sealer:
     return access.sealer(lineage=saved.lineage, generation=saved.next_generation)
 
 
-def _fingerprint(trained: Mapping[str, Tensor]) -> list[int]:
-    """Sum the bits of every parameter that cannot stay as it is; of adapters, those that start at zero."""
-    starts_at_zero = [value for name, value in trained.items() if "lora_B" in name]
-    return [int(value.detach().view(torch.int32).sum()) for value in starts_at_zero or trained.values()]
+def _fingerprint(parameter: Tensor) -> int:
+    """Sum the bits of a parameter."""
+    return int(parameter.detach().view(torch.int32).sum())
+
+
+def _moved(start: Mapping[str, int], end: Mapping[str, int]) -> bool:
+    """Say whether a parameter moved that cannot stay as it is; of adapters, those that start at zero."""
+    starts_at_zero = [name for name in start if "lora_B" in name]
+    return any(start[name] != end[name] for name in starts_at_zero or start)
 
 
 def _metadata(subject: str, recipe: Recipe, base: BaseModel) -> dict[str, Any]:

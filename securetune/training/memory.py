@@ -15,12 +15,13 @@ fsdp2     (bF+4P) / W  4P / W + one layer     8P / W     outside of layers + two
 ========  ===========  =====================  =========  ==============================
 
 Before the model is shared out, each process holds the whole of it, and the first one checks its gradients,
-at most 2 GiB of them at once. Adam keeps two float32 moments for each trained weight; DeepSpeed's
-optimizers keep a float32 master too. DDP and ZeRO hold the sum and, beside it, what is released of it;
-elsewhere both are in one place. ZeRO-3 keeps up to 10^9 weights gathered (its
+at most 2 GiB of them at once. At the end the first one holds all that was trained beside its shares, on the
+CPU, and seals it: files of at most 1 GiB, two of them at once. Adam keeps two float32 moments for each
+trained weight; DeepSpeed's optimizers keep a float32 master too. DDP and ZeRO hold the sum and, beside it,
+what is released of it; elsewhere both are in one place. ZeRO-3 keeps up to 10^9 weights gathered (its
 ``stage3_max_live_parameters``), so small models stay whole. Early stopping keeps one more copy of the
 trained weights, shared out like the moments. Under every strategy a process also holds the activations of a
-micro-batch and the gradients of its records.
+micro-batch and the gradients of its records. What the C library keeps of freed memory is not counted.
 """
 
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ import torch
 
 from securetune.config.launch import STRATEGIES, StrategyName
 from securetune.config.schema import LoraConfig, Recipe
+from securetune.models.weights import SHARD_BYTES
 from securetune.privacy.per_sample.self_check import CHECKED_AT_ONCE
 from securetune.training.strategy import blocks_of
 
@@ -76,6 +78,7 @@ class ModelSize:
         sample_bytes: Gradients of the records of one micro-batch.
         passes: Backward passes of a micro-batch; two add up all layers before any is reduced.
         keeps_best: Whether early stopping keeps a copy of the best weights.
+        on_cpu: Whether the device is the CPU, whose memory also holds what is sealed at the end.
     """
 
     whole: Weights
@@ -86,6 +89,7 @@ class ModelSize:
     sample_bytes: int
     passes: int = 1
     keeps_best: bool = False
+    on_cpu: bool = False
 
     def bytes_of(self, weights: Weights) -> int:
         """Return the bytes of some weights."""
@@ -105,6 +109,7 @@ class RankMemory:
         activations: What autograd keeps of one micro-batch.
         samples: Gradients of the records of one micro-batch.
         start: Before the model is shared out: the whole of it, and what the self-check compares at once.
+        end: While the first process seals what was trained, if that is in the same memory; else 0.
         process: The process itself.
     """
 
@@ -116,13 +121,14 @@ class RankMemory:
     activations: int
     samples: int
     start: int
+    end: int
     process: int = _PROCESS_BYTES
 
     @property
     def total(self) -> int:
-        """The larger of the peaks in training and at its start."""
+        """The largest of the peaks at the start, in training and at the end."""
         training = self.weights + self.sums + self.optimizer + self.gathered + self.activations + self.samples
-        return max(training, self.start) + self.process
+        return max(self.start, training, self.end) + self.process
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON can hold it, with the total."""
@@ -162,15 +168,21 @@ def rank_memory(strategy: StrategyName, num_processes: int, size: ModelSize) -> 
     elif num_processes > 1 and strategy == "zero3":
         count = size.whole.frozen + size.whole.trained
         gathered = whole * min(count, _LIVE_IN_ZERO3) // count
+    weights = _share(whole, num_processes) if is_sharded else whole
+    end = 0
+    if size.on_cpu:
+        gathered_to_seal = 0 if is_whole else trained
+        end = weights + sums + optimizer + gathered_to_seal + 2 * min(trained, SHARD_BYTES)
     return RankMemory(
         strategy,
-        weights=_share(whole, num_processes) if is_sharded else whole,
+        weights=weights,
         sums=sums,
         optimizer=optimizer,
         gathered=gathered,
         activations=size.activation_bytes,
         samples=size.sample_bytes,
         start=whole + checked,
+        end=end,
     )
 
 
@@ -209,7 +221,7 @@ class Distribution:
             f"{self.available_bytes / 2**30:.1f}"
         )
         table = Table(title=title, title_justify="left")
-        parts_of = ("weights", "sums", "optimizer", "gathered", "micro-batch", "at start")
+        parts_of = ("weights", "sums", "optimizer", "gathered", "micro-batch", "at start", "at end")
         for heading in ("", *parts_of, "total", "fits"):
             table.add_column(heading)
         for rank in self.ranks:
@@ -220,6 +232,7 @@ class Distribution:
                 rank.gathered,
                 rank.activations + rank.samples,
                 rank.start,
+                rank.end,
                 rank.total,
             )
             figures = [f"{part / 2**30:.2f}" for part in parts]
@@ -265,6 +278,7 @@ def measure_size(recipe: Recipe, base: "BaseModel", *, tokens_per_record: float)
     layers = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks] or [total]
     outside = max(0, total - sum(layers))
     activations = settings.micro_batch_tokens * _numbers_per_token(recipe, base) * item
+    on_cpu = base.device.type == "cpu"
     keeps_best = settings.early_stopping.method != "none"
     if settings.lora is not None:
         num_trained = count_adapters(settings.lora, base)
@@ -276,9 +290,10 @@ def measure_size(recipe: Recipe, base: "BaseModel", *, tokens_per_record: float)
             activation_bytes=activations,
             sample_bytes=_FLOAT32 * rows * num_trained,
             keeps_best=keeps_best,
+            on_cpu=on_cpu,
         )
     activations += 0 if base.autocast is None else base.autocast.itemsize * total  # weights as they compute
-    if base.device.type == "cpu":  # in the update two vectors of all weights come and go
+    if on_cpu:  # in the update two vectors of all weights come and go
         activations = max(activations, 2 * _FLOAT32 * total)
     # gradients of the logits, at one token of each record or at all, kept and then joined
     positions = rows if recipe.task == "classify" else settings.micro_batch_tokens
@@ -291,6 +306,7 @@ def measure_size(recipe: Recipe, base: "BaseModel", *, tokens_per_record: float)
         sample_bytes=2 * _FLOAT32 * positions * base.model.config.get_text_config().vocab_size,
         passes=settings.passes,
         keeps_best=keeps_best,
+        on_cpu=on_cpu,
     )
 
 

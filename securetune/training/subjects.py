@@ -17,7 +17,7 @@ from securetune.training.folder import RunFolder
 from securetune.training.loop import Head
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Subject = Literal["base", "plain", "hardened"]
 SUBJECTS: tuple[Subject, ...] = ("base", "plain", "hardened")
@@ -53,20 +53,24 @@ def make_trainable(recipe: Recipe, base: BaseModel) -> "nn.Module":
     return model
 
 
-def sealed_files(recipe: Recipe, model: "nn.Module", base: BaseModel) -> dict[str, Mapping[str, bytes]]:
+def sealed_files(
+    recipe: Recipe, model: "nn.Module", base: BaseModel, trained: Mapping[str, "Tensor"]
+) -> dict[str, Mapping[str, bytes]]:
     """Return what is sealed of a trained model.
 
     Args:
         recipe: The recipe.
-        model: From :func:`make_trainable`.
+        model: From :func:`make_trainable`; it may be sharded.
         base: Its base.
+        trained: What is trained of it, whole, by name.
 
     Returns:
         Files by compartment and name, each made when it is taken out.
     """
     if recipe.training.lora is None:
-        return {"weights": weight_files(model, base.folder)}
-    return {"adapter": adapter_files(model, base_name=base.name)}  # pyright: ignore[reportArgumentType]
+        return {"weights": weight_files(model, base.folder, trained=trained)}
+    files = adapter_files(model, base_name=base.name, trained=trained)  # pyright: ignore[reportArgumentType]
+    return {"adapter": files}
 
 
 def holds_weights(vault: Vault) -> bool:

@@ -3,6 +3,8 @@
 torchrun --nproc_per_node N -m tests.distributed.memory_worker RECIPE OUT
 """
 
+import ctypes
+import gc
 import json
 import sys
 from functools import partial
@@ -25,7 +27,9 @@ def resident(name: str) -> int:
 
 
 def forget_peak() -> None:
-    """Let the peak start anew."""
+    """Give free memory back, and let the peak start anew."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -39,6 +43,7 @@ def main() -> None:
 
     def preparing(*args, **options):
         prepared = prepare(*args, **options)
+        found["peak_at_start"] = resident("VmHWM")
         forget_peak()
         return prepared
 
@@ -52,6 +57,7 @@ def main() -> None:
         num_processes = 1 if strategy.processes is None else strategy.processes.size
         found["counted"] = rank_memory(strategy.name, num_processes, size).to_dict()
         del base
+        forget_peak()
         found["before"] = resident("VmRSS")
         fine_tune("hardened", recipe, run, access, data, plan, strategy=strategy)
         found["peak"] = resident("VmHWM")

@@ -50,14 +50,9 @@ def _compare(
     differences: list[float] = []
     lengths: list[float] = []
     for part in parts:
-        summed = _weighted_sum(engine, losses_of(rows), [1.0] * len(rows), part)
-        with engine.ordinary_autograd():
-            parameters = [place.parameter for place in part]
-            found = torch.autograd.grad(losses_of(rows).sum(), parameters, allow_unused=True)
-        for ours, grad in zip(summed, found, strict=True):
-            expected = torch.zeros_like(ours) if grad is None else grad.flatten().to(ours.dtype)
-            differences.append(float((ours - expected).norm()))
-            lengths.append(float(expected.norm()))
+        compared = _against_autograd(engine, losses_of, rows, part)
+        differences += compared[0]
+        lengths += compared[1]
     whole = math.hypot(*lengths)
     if not whole > 0:
         raise PrivacyError(
@@ -80,10 +75,9 @@ def _compare(
         changes: list[float] = []
         lengths = []
         for part in parts:
-            among = _weighted_sum(engine, losses_of(rows), weights, part)
-            alone = _weighted_sum(engine, losses_of([row]), [1.0], part)
-            changes += [float((one - other).norm()) for one, other in zip(among, alone, strict=True)]
-            lengths += [float(other.norm()) for other in alone]
+            compared = _against_alone(engine, losses_of, rows, weights, part)
+            changes += compared[0]
+            lengths += compared[1]
         coupling = math.hypot(*changes) / max(math.hypot(*lengths), torch.finfo(torch.float32).tiny)
         if not coupling <= tolerance:
             raise PrivacyError(
@@ -93,6 +87,43 @@ def _compare(
             )
         worst = max(worst, coupling)
     return worst
+
+
+def _against_autograd(
+    engine: "PerSampleGradients",
+    losses_of: Callable[[list[int]], Tensor],
+    rows: list[int],
+    part: Sequence[TrainableParameter],
+) -> tuple[list[float], list[float]]:
+    """Return by how much the sum differs from ordinary autograd, and how long it is, for each parameter."""
+    summed = _weighted_sum(engine, losses_of(rows), [1.0] * len(rows), part)
+    with engine.ordinary_autograd():
+        parameters = [place.parameter for place in part]
+        found = torch.autograd.grad(losses_of(rows).sum(), parameters, allow_unused=True)
+    expected = [
+        torch.zeros_like(ours) if grad is None else grad.flatten().to(ours.dtype)
+        for ours, grad in zip(summed, found, strict=True)
+    ]
+    return _differences(summed, expected)
+
+
+def _against_alone(
+    engine: "PerSampleGradients",
+    losses_of: Callable[[list[int]], Tensor],
+    rows: list[int],
+    weights: list[float],
+    part: Sequence[TrainableParameter],
+) -> tuple[list[float], list[float]]:
+    """Return by how much a sample among others differs from the same alone, and how long that is."""
+    row = rows[weights.index(1.0)]
+    among = _weighted_sum(engine, losses_of(rows), weights, part)
+    alone = _weighted_sum(engine, losses_of([row]), [1.0], part)
+    return _differences(among, alone)
+
+
+def _differences(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[list[float], list[float]]:
+    pairs = zip(ours, expected, strict=True)
+    return [float((one - other).norm()) for one, other in pairs], [float(other.norm()) for other in expected]
 
 
 def _parts(parameters: Sequence[TrainableParameter]) -> Iterator[list[TrainableParameter]]:

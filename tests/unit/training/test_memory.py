@@ -80,6 +80,17 @@ def test_a_process_holds_the_whole_model_before_it_is_shared_out():
     assert large.start == 32 * 10**9 + 2 * GIB
 
 
+@pytest.mark.parametrize(("strategy", "gathered"), [("ddp", 0), ("zero1", 40_000), ("fsdp2", 40_000)])
+def test_on_a_cpu_the_first_process_holds_what_it_seals(strategy, gathered):
+    size = dataclasses.replace(FULL, on_cpu=True, activation_bytes=0, sample_bytes=0)
+    rank = rank_memory(strategy, 100, size)
+    assert rank.end == rank.weights + rank.sums + rank.optimizer + gathered + 2 * 40_000
+    assert rank.total == max(rank.start, rank.end) + rank.process
+    large = rank_memory("fsdp2", 100, dataclasses.replace(size, whole=Weights(0, 8 * 10**9)))
+    assert large.end == large.weights + large.sums + large.optimizer + 32 * 10**9 + 2 * GIB
+    assert rank_memory(strategy, 100, FULL).end == 0
+
+
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
 def test_one_process_gathers_nothing(strategy):
     assert rank_memory(strategy, 1, ADAPTERS).gathered == 0
