@@ -1,5 +1,6 @@
 """Shared by all tests: Triton's interpreter without a GPU, the ``gpu`` marker, watched kernel memory."""
 
+import functools
 import importlib
 import os
 from collections.abc import Iterator
@@ -72,6 +73,17 @@ def poisoned_memory() -> Iterator[None]:
         patch.setattr(importlib.import_module(module), "torch", PoisonedTorch())
     if os.environ.get("TRITON_INTERPRET") == "1":
         watch_memory(patch)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def calibrated_once() -> Iterator[None]:
+    """Calibrate each plan once: a module asks for the same one again and again, about a second each."""
+    from securetune.privacy.accounting import plan_privacy
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr("securetune.privacy.private.plan_privacy", functools.cache(plan_privacy))
     yield
     patch.undo()
 

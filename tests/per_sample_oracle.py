@@ -12,6 +12,11 @@ from securetune.privacy.per_sample import PerSampleGradients
 Losses = Callable[[nn.Module, Tensor], Tensor]
 
 
+def randn(*shape: int, seed: int = 1) -> Tensor:
+    """The same normal numbers each time, in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def square_losses(model: nn.Module, x: Tensor) -> Tensor:
     """Give a loss ``[B]`` whose gradient differs at every output."""
     y = model(x)

@@ -7,14 +7,11 @@ from torch.nn import functional
 
 from tests.per_sample_oracle import (
     assert_exact,
+    randn,
     random_parameters,
     relative_error,
     with_the_same_draws,
 )
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 class Attention(nn.Module):

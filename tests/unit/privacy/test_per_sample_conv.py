@@ -16,6 +16,7 @@ from securetune.errors import PrivacyError
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.per_sample.conv import ChannelNormPath, ConvPath
 from securetune.privacy.per_sample.functional import FunctionalPath
+from tests.per_sample_oracle import randn
 
 
 def square_losses(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -54,10 +55,6 @@ def assert_exact(
     joint = torch.cat([(expected[0] + expected[-1])[None] if len(x) > 1 else expected, expected[1:-1]])
     norms = engine.backward(losses(model, x), unit_ids=unit_ids).squared_norms()[:, 0]
     torch.testing.assert_close(norms, joint.square().sum(1), rtol=1e-10, atol=0.0)
-
-
-def randn(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def seeded(build, **options) -> nn.Module:

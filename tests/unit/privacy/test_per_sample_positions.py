@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample import PerSampleGradients
-from tests.per_sample_oracle import assert_exact, random_parameters, square_losses
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+from tests.per_sample_oracle import assert_exact, randn, random_parameters, square_losses
 
 
 def add_in_place(x: Tensor, p: Tensor) -> Tensor:

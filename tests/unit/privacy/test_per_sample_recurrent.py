@@ -9,6 +9,7 @@ from securetune.errors import PrivacyError
 from securetune.privacy.per_sample import PerSampleGradients
 from tests.per_sample_oracle import (
     assert_exact,
+    randn,
     random_parameters,
     relative_error,
     square_losses,
@@ -17,10 +18,6 @@ from tests.per_sample_oracle import (
 
 KINDS = [nn.RNN, nn.GRU, nn.LSTM]
 DEEP = {"num_layers": 3, "bidirectional": True}
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 class Recurrent(nn.Module):

@@ -8,11 +8,14 @@ from torch import nn
 from torch.nn import functional
 
 from securetune.privacy.per_sample import PerSampleGradients
-from tests.per_sample_oracle import assert_exact, one_by_one, random_parameters, relative_error, square_losses
-
-
-def randn(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.per_sample_oracle import (
+    assert_exact,
+    one_by_one,
+    randn,
+    random_parameters,
+    relative_error,
+    square_losses,
+)
 
 
 def normalized(weight):

@@ -1,84 +1,31 @@
 import copy
-import functools
 import json
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
 
 from securetune.errors import PrivacyError
-from securetune.privacy.accounting import epsilon_spent, plan_privacy
+from securetune.privacy.accounting import epsilon_spent
 from securetune.privacy.adaptive_clipping import AdaptiveClipping
 from securetune.privacy.clipping import NormalizedClipping, PerLayerClipping
 from securetune.privacy.ledger import read_ledger
 from securetune.privacy.noise import NoiseSource
-from securetune.privacy.participation import EpochOrderSampler
-from securetune.privacy.private import make_private
 from securetune.privacy.sampling import PoissonSampler, TruncatedPoissonSampler
 from securetune.privacy.units import UserSampler
+from tests.private_runs import (
+    KEY,
+    NO_CLIP,
+    D,
+    N,
+    NoNoise,
+    losses_of,
+    private_run,
+    records,
+    tiny_net,
+    train,
+)
 
-N, D, K = 12, 5, 3
-KEY = bytes(32)
-NO_CLIP = 1e6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def calibrated_once():
-    """The same plan is asked for again and again; each takes about a second."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr("securetune.privacy.private.plan_privacy", functools.cache(plan_privacy))
-    yield
-    patch.undo()
-
-
-class NoNoise(NoiseSource):
-    """A run without noise, to compare with truth; a fixed key, so no epsilon is reported."""
-
-    def __init__(self):
-        super().__init__(KEY)
-
-    def normal(self, *, count, **address):
-        return torch.zeros(count)
-
-
-def records(count=N):
-    generator = torch.Generator().manual_seed(3)
-    return [(torch.randn(D, generator=generator, dtype=torch.float64), i % K) for i in range(count)]
-
-
-def tiny_net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, K)).double()
-
-
-def losses_of(model, batch):
-    return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-def private_run(tmp_path, model=None, optimizer=None, data=None, **options):
-    model = model or tiny_net()
-    settings = {
-        "target_epsilon": 8.0,
-        "delta": 1e-5,
-        "expected_batch_size": 6,
-        "max_grad_norm": 1.0,
-        "steps": 3,
-        "ledger": tmp_path / "ledger.jsonl",
-    } | options
-    if "sampler" not in settings:
-        settings.setdefault("sample_rate", 0.5)
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
-    return make_private(model, optimizer, records() if data is None else data, **settings)
-
-
-def train(private, model, *, micro_batch_size=4, scheduler=None):
-    for batches in private.steps(micro_batch_size=micro_batch_size):
-        for batch in batches:
-            private.backward(losses_of(model, batch))
-        private.step()
-        if scheduler is not None:
-            scheduler.step()
+pytestmark = pytest.mark.usefixtures("calibrated_once")
 
 
 @pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
@@ -327,153 +274,6 @@ def test_epochs_become_expected_passes(tmp_path):
     assert private_run(tmp_path, steps=None, epochs=3, sample_rate=0.1).plan.spec.steps == 30
 
 
-def test_ledger_in_a_folder_that_is_missing_is_refused_with_the_remedy(tmp_path):
-    with pytest.raises(PrivacyError, match=r"ledger .*/a/b/l must be .* Make the folder .*/a/b first"):
-        private_run(tmp_path, ledger=tmp_path / "a" / "b" / "l")
-    with pytest.raises(PrivacyError, match=r"must be a file .* Name a file in it"):
-        private_run(tmp_path, ledger=tmp_path)
-
-
-def test_layer_that_joins_later_is_refused_though_another_optimizer_trains_it(tmp_path):
-    model = tiny_net()
-    private = private_run(tmp_path, model)
-    batches = next(private.steps(micro_batch_size=N))
-    late = nn.Linear(K, K).double()
-    model.append(late)
-    before = late.weight.detach().clone()
-    other = torch.optim.SGD(late.parameters(), lr=1.0)
-    for batch in batches:
-        private.backward(losses_of(model, batch))
-    with pytest.raises(PrivacyError, match=r"2\.weight joined|3\.weight joined the model after"):
-        private.step()
-    other.step()
-    assert torch.equal(late.weight, before)
-    assert private.ledger.steps_charged == 0
-
-
-def test_check_of_one_example_is_refused(tmp_path):
-    model = tiny_net()
-    private = private_run(tmp_path, model)
-    with pytest.raises(ValueError, match=r"two examples or more.*got 1"):
-        private.check(lambda some: losses_of(model, torch.utils.data.default_collate(some)), records(1))
-
-
-def test_record_differentiated_twice_is_refused(tmp_path):
-    model = tiny_net()
-    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
-    batch = next(next(private.steps(micro_batch_size=4)))
-    private.backward(losses_of(model, batch))
-    with pytest.raises(PrivacyError, match="once for each"):
-        private.backward(losses_of(model, batch))
-
-
-def test_micro_batch_left_out_is_refused(tmp_path):
-    model = tiny_net()
-    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
-    batches = next(private.steps(micro_batch_size=4))
-    next(batches)
-    with pytest.raises(PrivacyError, match="left out"):
-        next(batches)
-    with pytest.raises(PrivacyError, match="3 micro-batches"):
-        private.step()
-    assert private.ledger.steps_charged == 0
-
-
-def out_of_memory(losses, unit_ids):
-    raise RuntimeError("out of memory")
-
-
-def test_micro_batch_whose_backward_fails_is_not_left_out(tmp_path, monkeypatch):
-    """Loops catch errors such as a lack of memory and go on; whether one comes depends on the records."""
-    model = tiny_net()
-    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
-    batches = next(private.steps(micro_batch_size=4))
-    batch = next(batches)
-    losses = losses_of(model, batch)
-    with monkeypatch.context() as patch:
-        patch.setattr(private.grads, "backward", out_of_memory)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            private.backward(losses)
-    with pytest.raises(PrivacyError, match="leave records out"):
-        next(batches)
-    with pytest.raises(PrivacyError, match="leave records out"):
-        private.step()
-    with pytest.raises(PrivacyError, match="leave records out"):  # part of it may be in the sum
-        private.backward(losses_of(model, batch))
-    assert private.ledger.steps_charged == 0
-
-
-def test_step_that_is_not_finished_is_refused(tmp_path):
-    steps = private_run(tmp_path).steps(micro_batch_size=4)
-    next(steps)
-    with pytest.raises(PrivacyError, match="not finished"):
-        next(steps)
-
-
-def test_step_without_a_sample_is_refused(tmp_path):
-    private = private_run(tmp_path)
-    with pytest.raises(PrivacyError, match="no step to finish"):
-        private.step()
-    assert private.ledger.steps_charged == 0
-
-
-@pytest.mark.parametrize("reduce", [torch.mean, lambda losses: losses[1:]])
-def test_losses_of_another_number_than_records_are_refused(tmp_path, reduce):
-    model = tiny_net()
-    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
-    batch = next(next(private.steps(micro_batch_size=4)))
-    with pytest.raises(PrivacyError, match="one value for each of the 4 records"):
-        private.backward(reduce(losses_of(model, batch)))
-
-
-def test_check_finds_a_divisor_counted_over_the_batch(tmp_path):
-    model = tiny_net()
-    private = private_run(tmp_path, model)
-    collate = torch.utils.data.default_collate
-    examples = records(4)
-    assert private.check(lambda rows: losses_of(model, collate(rows)), examples) < 1e-9
-    with pytest.raises(PrivacyError, match="batch-mates"):
-        private.check(lambda rows: losses_of(model, collate(rows)) / len(rows), examples)
-
-
-class Averaging(nn.Module):
-    """Keeps a running mean of its inputs, as normalisation layers of some libraries do."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.how, self.linear = how, nn.Linear(D, K).double()
-        mean = torch.zeros(D, dtype=torch.float64)
-        if how == "frozen parameter":
-            self.mean = nn.Parameter(mean, requires_grad=False)
-        else:
-            self.register_buffer("mean", mean, persistent=how != "not saved")
-
-    def forward(self, x):
-        if self.training and self.how == "assigned":
-            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(dim=0)
-        elif self.training:
-            self.mean.lerp_(x.detach().mean(dim=0), 0.1)
-        return self.linear(x)
-
-
-@pytest.mark.parametrize("how", ["in place", "assigned", "frozen parameter"])
-def test_trap_30_statistics_of_private_records_that_are_saved_are_refused(tmp_path, how):
-    model = nn.Sequential(Averaging(how))
-    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
-    with pytest.raises(PrivacyError, match=r"0\.mean changed"):
-        train(private, model)
-    assert private.ledger.steps_charged == 0
-
-
-@pytest.mark.parametrize("how", ["in place", "not saved"])
-def test_buffers_that_stay_or_are_not_saved_are_allowed(tmp_path, how):
-    model = nn.Sequential(Averaging(how)).train(how == "not saved")
-    private = private_run(tmp_path, model)
-    model.load_state_dict(model.state_dict())  # of a checkpoint: between two steps a buffer may change
-    train(private, model)
-    assert private.ledger.steps_charged == 3
-
-
 def test_public_gradient_is_added_without_noise_or_clipping(tmp_path):
     model = tiny_net()
     public = (torch.randn(2, D, dtype=torch.float64) * 50, torch.tensor([0, 1]))
@@ -487,61 +287,6 @@ def test_public_gradient_is_added_without_noise_or_clipping(tmp_path):
         private.public_backward(losses_of(model, public), weight=0.5)
         private.step()
     torch.testing.assert_close(before - model[0].weight, expected, rtol=1e-6, atol=1e-9)
-
-
-def test_refused_arguments_leave_the_model_as_it_was(tmp_path):
-    model = tiny_net()
-    half = torch.optim.SGD(model[0].parameters(), lr=0.1)
-    with pytest.raises(PrivacyError, match="must own exactly the trainable parameters") as caught:
-        private_run(tmp_path, model, half)
-    losses_of(model, torch.utils.data.default_collate(records(2))).mean().backward()
-    assert model[0].weight.grad is not None
-    private_run(tmp_path, model).close()  # the ledger was given up too
-    assert caught.value.__traceback__ is not None  # it kept alive what the failed call had made
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sample_rate": None}, "either sample_rate or sampler"),
-        ({"epochs": 2}, "either steps or epochs"),
-        ({"epochs": 0, "steps": None}, "epochs must be a finite number > 0, got 0"),
-        ({"epochs": -1.5, "steps": None}, "epochs must be a finite number > 0, got -1.5"),
-        ({"steps": 2.5}, "steps must be a whole number from 1 to 1000000, got 2.5"),
-        ({"expected_batch_size": 6.5}, "expected_batch_size must be a whole number >= 1, got 6.5"),
-        ({"delta": 0.1}, "one over the planned number of records, expected_batch_size / sample_rate = 12"),
-        ({"sampler": PoissonSampler(N + 1, 0.5)}, "draws from 13 records, but 12"),
-        (
-            {"sampler": UserSampler("ABCDEF", PoissonSampler(6, 0.5), max_records_per_user=1)},
-            "draws from 6 records, but 12",
-        ),
-        (
-            {"sampler": EpochOrderSampler(N, 4, steps=8)},
-            r"EpochOrderSampler\(.*fixed order.*Give sample_rate or a random sampler, or build a PrivateStep",
-        ),
-        (
-            {"sampler": UserSampler("AB" * 6, EpochOrderSampler(2, 4, steps=8), max_records_per_user=1)},
-            r"UserSampler\(.*fixed order.*Give sample_rate or a random sampler, or build a PrivateStep",
-        ),
-    ],
-)
-def test_wrong_arguments_are_named(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        private_run(tmp_path, **options)
-
-
-@pytest.mark.parametrize(
-    ("data", "kind"),
-    [
-        (iter(records()), "list_iterator"),
-        (torch.utils.data.DataLoader(records()), "DataLoader"),
-        ([], "an empty list"),
-    ],
-    ids=["iterator", "loader", "empty"],
-)
-def test_records_that_no_sample_can_be_drawn_from_are_refused(tmp_path, data, kind):
-    with pytest.raises(ValueError, match=f"records must have a length and rows by number.*got {kind}:"):
-        private_run(tmp_path, data=data)
 
 
 def test_after_the_run_the_model_is_an_ordinary_one(tmp_path):
