@@ -61,11 +61,13 @@ class RunFolder:
             The folder, locked against a second run.
 
         Raises:
-            ConfigError: If the folder holds a run and ``resume`` is false, or a run of another recipe.
+            ConfigError: If the folder holds a run and ``resume`` is false, a run of another recipe, or other
+                things than a run.
             MachineError: If the folder cannot be written, or another process runs in it.
         """
         folder = cls(recipe.run_folder)
         try:
+            folder._refuse_other_contents()
             for path in (folder.root, folder.work, folder.keys):
                 path.mkdir(parents=True, exist_ok=True)
                 path.chmod(0o700)
@@ -95,6 +97,17 @@ class RunFolder:
         folder = cls(recipe.run_folder)
         folder._is_read_only = True
         return folder
+
+    def _refuse_other_contents(self) -> None:
+        """Refuse a folder of other things: a run makes its folder private."""
+        if not self.root.is_dir() or self.work.is_dir():
+            return
+        found = min(self.root.iterdir(), default=None)
+        if found is not None:
+            raise ConfigError(
+                f"run_dir: {self.root} holds {found.name} and is no run folder. Choose a new or empty folder "
+                "with --set run_dir=FOLDER. Nothing was changed."
+            )
 
     @property
     def has_begun(self) -> bool:

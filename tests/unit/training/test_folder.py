@@ -103,6 +103,20 @@ def test_second_process_is_refused(tmp_path):
     assert "another process is running" in process.stderr
 
 
+def test_folder_of_other_things_is_left_as_it_was(tmp_path):
+    (tmp_path / "run").mkdir(mode=0o755)
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with (
+        pytest.raises(ConfigError, match=r"run_dir: .*/run holds thesis\.txt and is no run folder"),
+        RunFolder.open(recipe(tmp_path), resume=False),
+    ):
+        pass
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755
+    (tmp_path / "run" / "thesis.txt").unlink()
+    with RunFolder.open(recipe(tmp_path), resume=False):
+        pass
+
+
 def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "run").write_text("a file where the folder should be")
     with (
