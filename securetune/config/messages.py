@@ -121,6 +121,8 @@ def message_for(errors: list[ErrorDetails], root: type[BaseModel], path: OptionP
     hint = ""
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         hint = _did_you_mean(first["input"], [word.strip("'") for word in _words(first)])
+    if first["type"] == "string_type" and isinstance(first["input"], dict | list):
+        hint = " Put text that holds {, [ or ': ' in quotes: it is read as YAML."
     entry = f" for {first['loc'][-1]!r}" if _is_mapping(root, path) and len(first["loc"]) > len(path) else ""
     return f"must be {' or '.join(expected)}, got {show(first['input'])}{entry}.{hint}"
 

@@ -42,7 +42,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Overrid
         try:
             value = parse_yaml(text, f"--set {dotted}").value
         except ConfigError as error:
-            result.problems.append((f"--set {override}", str(error)))
+            hint = f"Put text in quotes of its own: --set \"{dotted}='...'\"."
+            result.problems.append((f"--set {override}", f"{error} {hint}"))
             continue
         problem = _assign(result, dotted.split("."), value, override)
         if problem:

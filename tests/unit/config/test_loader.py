@@ -1,6 +1,7 @@
 """Loading recipes: every problem at once, in words a user can act on."""
 
 import json
+import re
 
 import jsonschema
 import pytest
@@ -269,6 +270,12 @@ class TestOverrides:
     def test_problem_names_the_override(self, override, message):
         (_, line) = problems(recipe_text(), (override,))
         assert line.startswith(message)
+
+    @pytest.mark.parametrize("text", ["{text} is", "{text}", "Text: {text}"])
+    def test_text_that_yaml_reads_otherwise_is_put_in_quotes(self, text):
+        (_, line) = problems(recipe_text(), (f"data.prompt={text}",))
+        assert re.search(r"Put text .*in quotes", line)
+        assert sample_recipe(overrides=(f"data.prompt='{text}'",)).data.prompt == text
 
     def test_problems_in_file_and_overrides_come_together(self):
         lines = problems(recipe_text({"seed": "x"}), ("privacy.stepz=3", "bad"))
