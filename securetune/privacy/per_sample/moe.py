@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from securetune.privacy.per_sample.engine import PerSampleGradients
 
 _CASTS = (Tensor.float, Tensor.to, Tensor.type)
+_NUM_EXPERTS = (
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)  # in configurations
 
 
 class _Adapter(ActiveAdapter):
@@ -83,7 +89,7 @@ class ExpertsPath(Path):
         y = self._project("gate_up_proj" if experts.has_gate else "up_proj", x, routes)
         y = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
         y = self._project("down_proj", y, routes)
-        if experts.has_post_expert_norm:
+        if getattr(experts, "has_post_expert_norm", False):  # transformers >= 5.20
             y = experts.post_expert_norm(y)
         weighted = y * top_k_weights.reshape(-1, 1)
         return weighted.unflatten(0, (len(x), -1)).sum(dim=1).to(x.dtype)
@@ -316,7 +322,7 @@ def routed_path(engine: "PerSampleGradients", name: str, module: nn.Module) -> P
         return None
     base = module.get_base_layer() if isinstance(module, ParamWrapper) else module
     if _is_known_experts(base):
-        if base._is_expert_parallel:
+        if _is_spread_out(base):
             raise PrivacyError(
                 f"the experts of layer {name} are spread over devices, so samples are not whole. "
                 "Load the model without expert parallelism."
@@ -353,6 +359,16 @@ def _is_known_experts(module: Any) -> bool:
         and hasattr(module, "has_gate")
         and hasattr(module, "is_transposed")
     )
+
+
+def _is_spread_out(experts: Any) -> bool:
+    """Whether a device holds a part of the experts; before transformers 5.18 they only count their own."""
+    flag = getattr(experts, "_is_expert_parallel", None)
+    if flag is not None:
+        return flag
+    totals = [getattr(experts.config, name, None) for name in _NUM_EXPERTS]
+    known = [total for total in totals if isinstance(total, int)]
+    return bool(known) and experts.num_experts not in known
 
 
 def _has_own_experts(module: nn.Module) -> bool:

@@ -336,9 +336,15 @@ class TestRefusals:
         with pytest.raises(PrivacyError, match=r"coupled.*balance loss"):
             engine.backward(losses + 0.01 * outputs.aux_loss)
 
-    def test_parallel_experts(self):
+    @pytest.mark.parametrize("says", ["flag", "number of its own"])
+    def test_parallel_experts(self, says):
         model = moe_model("mixtral")
-        model.model.layers[1].mlp.experts._is_expert_parallel = True
+        experts = model.model.layers[1].mlp.experts
+        if says == "flag":
+            experts._is_expert_parallel = True
+        else:  # transformers before it had the flag
+            vars(experts).pop("_is_expert_parallel", None)
+            experts.num_experts //= 2
         with pytest.raises(PrivacyError, match=r"layers\.1\.mlp\.experts are spread over devices"):
             PerSampleGradients(model)
 
