@@ -85,7 +85,8 @@ def test_any_packing(lengths, d, p, seed, kernel_device):
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=kernel_device)
     segments, scale = Segments.of(cu_seqlens, len(a)), weights(len(lengths), kernel_device, seed)
     actual = added(a, g, scale, backend="triton", cu_seqlens=segments)
-    assert error(actual, exact(a, g, scale, segments)) <= EXTRA_ERROR
+    size = exact(a.abs(), g.abs(), scale.abs(), segments).norm()  # few numbers may cancel in the sum itself
+    assert (actual.double() - exact(a, g, scale, segments)).norm() <= EXTRA_ERROR * size
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
