@@ -1,12 +1,18 @@
-"""Shared by all tests: Triton's interpreter without a GPU, the ``gpu`` marker, watched kernel memory."""
+"""Shared by all tests: fixed seeds, Triton's interpreter without a GPU, markers, watched kernel memory.
+
+Hypothesis draws the same examples in every run. ``--hypothesis-profile=fresh`` draws new ones.
+"""
 
 import functools
 import importlib
 import os
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.memory_watch import watch_memory
 
@@ -15,6 +21,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # triton 3.10 changes the default; results must repeat from one version to the next
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+# a busy machine is slow, and no test fails for that
+settings.register_profile("fresh", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fixed", settings.get_profile("fresh"), derandomize=True)
+settings.load_profile("fixed")
 
 KERNEL_MODULES = (
     "securetune_kernels.clip_and_accumulate.triton_kernels",
@@ -40,6 +51,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed the shared generators, so that no test depends on what ran before it in its process.
+
+    A private run seeds torch's with fresh randomness, and its test leaves it so.
+    """
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 class PoisonedTorch:

@@ -12,6 +12,7 @@ from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.step import PrivateStep
 from tests.per_sample_oracle import random_parameters
 
+KEY = bytes(range(32))
 CLIP = 0.8
 DIVISOR = 10
 VOCAB = 23
@@ -36,7 +37,6 @@ def private(
     clipping: Clipping | None = None,
     sigma: float = 0.0,
     optimizer=None,
-    key=None,
 ) -> PrivateStep:
     parameters = [place.parameter for place in engine.parameters]
     return PrivateStep(
@@ -45,7 +45,7 @@ def private(
         clipping=clipping or FlatClipping(CLIP),
         noise_multiplier=sigma,
         expected_batch_size=DIVISOR,
-        noise=NoiseSource() if key is None else NoiseSource(key),
+        noise=NoiseSource(KEY),
         ledger=Ledger(sigma),  # pyright: ignore[reportArgumentType]
     )
 

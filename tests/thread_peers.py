@@ -17,7 +17,7 @@ class ThreadPeers:
 
     def keep_pace(self, what: str) -> None:
         try:
-            self._barrier.wait(timeout=20)
+            self._barrier.wait(timeout=120)
         except threading.BrokenBarrierError as error:
             raise MachineError(f"process {self.rank} waited in vain before {what}") from error
 

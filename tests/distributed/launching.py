@@ -25,7 +25,7 @@ def environment(**variables: str) -> dict[str, str]:
     }
 
 
-def torchrun(processes: int, *arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+def torchrun(processes: int, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run ``torchrun --nproc_per_node processes arguments`` on this machine, on a port of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(

@@ -22,7 +22,7 @@ from securetune.privacy.distributed import Processes, SharedLedger
 from securetune.privacy.ledger import LedgerHeader
 from securetune.privacy.noise import NoiseSource
 
-SHORT = timedelta(seconds=3)
+SHORT = timedelta(seconds=5)
 HEADER = LedgerHeader(
     noise_multiplier=1.0,
     sample_rate=0.05,

@@ -4,6 +4,7 @@
 without a launcher, which would end the survivor before it can say anything.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -41,10 +42,7 @@ def workshop(tmp_path_factory):
 
 def start_both(recipe: Path, **variables: str) -> list[subprocess.Popen[str]]:
     """Start two processes that know of each other as launchers tell it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     places |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [
         subprocess.Popen(
@@ -56,6 +54,16 @@ def start_both(recipe: Path, **variables: str) -> list[subprocess.Popen[str]]:
         )
         for rank in range(2)
     ]
+
+
+def free_port() -> int:
+    """Find a port that nobody listens on, and that no connection made meanwhile can get: those are higher."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.Random(os.getpid()).sample(range(lowest // 2, lowest), 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 def charged(ledger: Path) -> int:
@@ -73,14 +81,14 @@ def test_a_killed_run_is_whole_and_goes_on(workshop, trial):
     )
     processes = start_both(recipe, **LAUNCHES[trial % len(LAUNCHES)])
     try:
-        deadline, wanted = time.monotonic() + 150, chance.randint(4, STEPS // 2)
+        deadline, wanted = time.monotonic() + 300, chance.randint(4, STEPS // 2)
         while charged(folder / "ledger.jsonl") < wanted:
             assert all(process.poll() is None for process in processes), processes[0].communicate()[0][-4000:]
             assert time.monotonic() < deadline, "training did not begin"
             time.sleep(0.002)
         victim, survivor = chance.sample(processes, 2)
         victim.send_signal(signal.SIGKILL)
-        output, _ = survivor.communicate(timeout=60)  # no hang
+        output, _ = survivor.communicate(timeout=120)  # no hang
     finally:
         for process in processes:
             process.kill()

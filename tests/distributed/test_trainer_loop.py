@@ -36,7 +36,7 @@ def alone():
 
 
 def launch(out, processes, cases):
-    found = torchrun(processes, "-m", "tests.distributed.trainer_worker", str(out), *cases, timeout=600)
+    found = torchrun(processes, "-m", "tests.distributed.trainer_worker", str(out), *cases)
     assert found.returncode == 0, found.stderr[-4000:]
     return out
 

@@ -75,7 +75,7 @@ def test_reference_agrees_with_autograd_of_one_sample_at_a_time():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     row_exponent=st.integers(-30, 30),
     clip_exponent=st.integers(-25, 25),
@@ -96,7 +96,7 @@ def test_one_sample_adds_at_most_the_clip_norm(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(clip=st.floats(1e-3, 1e3), seed=st.integers(0, 2**16))
 def test_removing_one_sample_moves_the_sum_by_at_most_the_clip_norm(clip, seed, backend, kernel_device):
     grads = random_grads(5, 130, device=kernel_device, seed=seed, scale=clip)
@@ -106,7 +106,7 @@ def test_removing_one_sample_moves_the_sum_by_at_most_the_clip_norm(clip, seed, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**16))
 def test_order_of_samples_does_not_matter(seed, backend, kernel_device):
     grads = random_grads(9, 70, device=kernel_device, seed=seed)
@@ -118,7 +118,7 @@ def test_order_of_samples_does_not_matter(seed, backend, kernel_device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(exponent=st.integers(-20, 20), seed=st.integers(0, 2**16))
 def test_scaling_gradients_and_threshold_by_a_power_of_two_scales_the_sum(
     exponent, seed, backend, kernel_device

@@ -75,7 +75,7 @@ def test_packed_units_are_as_if_alone(backend, dtype, index_dtype, kernel_device
     assert error(actual, exact(a, g, scale, Segments.of(cu_seqlens, len(a)))) <= EXTRA_ERROR
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5), d=st.integers(1, 40), p=st.integers(1, 40),
     seed=st.integers(0, 2**16),
@@ -85,7 +85,8 @@ def test_any_packing(lengths, d, p, seed, kernel_device):
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=kernel_device)
     segments, scale = Segments.of(cu_seqlens, len(a)), weights(len(lengths), kernel_device, seed)
     actual = added(a, g, scale, backend="triton", cu_seqlens=segments)
-    assert error(actual, exact(a, g, scale, segments)) <= EXTRA_ERROR
+    size = exact(a.abs(), g.abs(), scale.abs(), segments).norm()  # few numbers may cancel in the sum itself
+    assert (actual.double() - exact(a, g, scale, segments)).norm() <= EXTRA_ERROR * size
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -99,7 +99,7 @@ def test_packed_units_are_as_if_alone(backend, dtype, index_dtype, kernel_device
     assert actual[1] == 0.0  # a unit without tokens
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     lengths=st.lists(st.integers(0, 20), min_size=1, max_size=5), rows=st.integers(1, 30),
     seed=st.integers(0, 2**16),

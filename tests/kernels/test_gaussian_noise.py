@@ -174,7 +174,7 @@ def test_normals_are_accurate_over_the_whole_range_of_words(kernel_device):
     assert out.abs().max() > 9.4
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(start=st.integers(0, 2000), cut=st.integers(0, 60), step=st.integers(0, 2**32 - 1))
 def test_shards_get_the_noise_of_the_whole(start, cut, step, kernel_device):
     whole = draw(60, kernel_device, step=step, start=start)

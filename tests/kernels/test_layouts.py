@@ -79,7 +79,7 @@ def run_pgd(a, x, mask, **_):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("call", [run_norms, run_sum, run_adapter, run_sums, run_table, run_clip, run_pgd])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data(), units=st.integers(1, 3), tokens=SIZES, d=SIZES, p=SIZES)
 def test_layout_changes_nothing(call, dtype, data, units, tokens, d, p, poisoned_memory):
     wide, half = {"dtype": torch.float32}, {"dtype": dtype}

@@ -80,7 +80,7 @@ def test_packed_units_are_as_if_alone(backend, dtype, index_dtype, d, p, kernel_
     torch.testing.assert_close(norms.lengths.double(), truth.lengths, rtol=2e-6, atol=0.0)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5), d=st.integers(1, 40), p=st.integers(1, 40),
     seed=st.integers(0, 2**16),

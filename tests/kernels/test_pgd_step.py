@@ -96,7 +96,7 @@ def test_reference_is_move_then_project(norm, direction):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", NORMS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     direction=st.sampled_from(DIRECTIONS),
     radius=st.floats(1e-7, 1e4),
@@ -226,7 +226,7 @@ def test_scale_of_the_gradient_does_not_matter(norm, direction, backend, scale, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(norm=st.sampled_from(NORMS), direction=st.sampled_from(DIRECTIONS), seed=st.integers(0, 2**16))
 def test_a_sample_does_not_depend_on_the_others(norm, direction, seed, backend, kernel_device):
     delta, grad, mask = random_step((4, 3, 13), device=kernel_device, seed=seed)

@@ -2,8 +2,6 @@
 
 import json
 import re
-import signal
-import subprocess
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from securetune.checkpoints import load_identity, load_public_key, open_vault
 from securetune.privacy.ledger import read_ledger
-from tests.recipes.test_harden import command, environment, harden, run
+from tests.recipes.test_harden import harden, kill, run
 from tests.sample_run import STEPS, make_workshop, write_recipe
 from tests.tiny import tiny_folder
 
@@ -97,20 +95,7 @@ def test_a_killed_run_with_an_untied_output_layer_in_bfloat16_resumes(workshop):
     )
     folder = workshop / "killed"
     for pattern in ("plain  step 3/5", "hardened  step 2/5"):
-        process = subprocess.Popen(
-            command(recipe, "--resume"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment(),
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(pattern):
-                process.send_signal(signal.SIGKILL)
-                break
-        process.stdout.close()
-        assert process.wait() == -signal.SIGKILL
+        kill(pattern, recipe, "--resume")
     final = harden(recipe, "--resume")
     assert final.returncode == 0, final.stdout + final.stderr
     assert re.search(r"^hardened  step 5/5", final.stdout, flags=re.MULTILINE)

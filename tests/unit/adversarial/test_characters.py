@@ -155,7 +155,7 @@ def test_success_that_does_not_repeat_is_not_counted():
     assert not result.success
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(text=st.text(max_size=60), seed=st.integers(0, 2**16))
 def test_any_text_stays_within_the_budget(text, seed):
     def length_matters(texts: list[str]) -> torch.Tensor:

@@ -136,7 +136,7 @@ def test_stream_and_one_shot_write_the_same_format():
     assert decrypt(message.getvalue(), key=KEY, context=b"c") == plain
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=st.integers(0, 70_000), start=st.integers(0, 70_000), count=st.integers(0, 70_000))
 def test_range_equals_slice_of_the_whole(size, start, count):
     plain = bytes(i * 31 % 251 for i in range(size))

@@ -5,7 +5,7 @@ import re
 
 import jsonschema
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from securetune.config import dump_recipe, load_recipe, parse_recipe, recipe_digest, recipe_json_schema
@@ -203,7 +203,6 @@ def test_yaml_scalars_mean_what_they_look_like(text, value):
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=20))
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # drawing is slow on a busy machine
 @given(
     st.dictionaries(
         st.text(st.characters(categories=["L", "N", "P", "Z"]), min_size=1, max_size=8),

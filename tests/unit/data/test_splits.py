@@ -2,7 +2,7 @@ import hashlib
 import hmac
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from securetune.data.records import Message, Record
@@ -60,7 +60,6 @@ def test_exact_is_what_protected_records_get():
     assert deduplicate(labelled([("a", 0), ("a", 0)]), is_protected=True).num_removed == 1
 
 
-@settings(deadline=None)
 @given(order=st.permutations(range(30)), count=st.integers(2, 30))
 def test_a_side_depends_on_the_record_alone(order, count):
     records = many(30)

@@ -78,7 +78,7 @@ def test_paired_difference_without_discordant_pairs_is_wider_than_zero():
     assert ends(estimate) == pytest.approx((-z / (44 + z), z / (44 + z)), abs=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(counts=st.tuples(*[st.integers(0, 40)] * 4).filter(lambda counts: sum(counts) > 0))
 def test_paired_difference_is_mirrored_and_contains_its_value(counts):
     first, second = pairs(*counts)
@@ -87,7 +87,7 @@ def test_paired_difference_is_mirrored_and_contains_its_value(counts):
     assert ends(there) == pytest.approx((-back.interval.high, -back.interval.low), abs=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(gains=st.integers(0, 60), losses=st.integers(0, 60), same=st.integers(0, 100))
 def test_paired_interval_excludes_zero_exactly_if_mcnemar_rejects(gains, losses, same):
     if gains + losses == 0:
@@ -136,7 +136,7 @@ def brute_force_auc(x, y) -> float:
     return float(np.mean([(a > b) + 0.5 * (a == b) for a in x for b in y]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     x=st.lists(st.integers(-5, 5), min_size=2, max_size=12),
     y=st.lists(st.integers(-5, 5), min_size=2, max_size=12),
@@ -201,7 +201,7 @@ def test_tied_negatives_never_push_the_rate_above_its_target():
     assert point.true_positive_rate.value == 0.5
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**16), decimals=st.integers(0, 3))
 def test_no_lower_threshold_keeps_the_rate(seed, decimals):
     generator = np.random.default_rng(seed)

@@ -83,7 +83,7 @@ def test_trap_33_published_calibration_of_opacus(steps, theirs):
     assert epsilon_spent(theirs, 0.04, steps, 1e-5) == pytest.approx(8.0, abs=0.02)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     target_epsilon=st.floats(0.2, 5.0),
     delta=st.sampled_from([1e-4, 1e-6]),

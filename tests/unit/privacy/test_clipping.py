@@ -160,7 +160,7 @@ def test_nothing_works_before_assign():
 
 
 @kinds
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     scales=st.lists(st.floats(-12, 15), min_size=2, max_size=5),
     log_threshold=st.floats(-6, 6),
@@ -234,7 +234,7 @@ def test_float32_gradients_stay_within_the_rounding_excess(kind):
 # ---- factors
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     norm=st.floats(1e-19, 1e19, allow_subnormal=False),
     threshold=st.floats(SMALLEST_THRESHOLD, LARGEST_THRESHOLD),
@@ -245,7 +245,7 @@ def test_factor_times_norm_never_exceeds_the_threshold(norm, threshold, kind):
     assert factor(kind(threshold), norm) * norm <= threshold * (1 + 4 * 2.0**-52)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(norm=st.floats(0, 1e6), threshold=st.floats(1e-3, 1e3))
 def test_factors_follow_their_formulas(norm, threshold):
     close = {"rel": 1.3e-7}  # one float32 unit in the last place

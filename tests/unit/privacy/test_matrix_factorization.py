@@ -67,7 +67,7 @@ def draw_run(noise, count, stddev=1.0, stream=0):
 # the matrix
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(steps=st.integers(1, 40), bands=st.integers(1, 40))
 def test_coefficients_are_the_matrix_and_its_inverse(steps, bands):
     bands = min(bands, steps)
@@ -78,7 +78,7 @@ def test_coefficients_are_the_matrix_and_its_inverse(steps, bands):
     np.testing.assert_allclose(strategy @ matrix, np.eye(steps), atol=1e-13)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=st.integers(1, 400), bands=st.integers(1, 400))
 def test_strategy_is_not_negative_and_does_not_increase(steps, bands):
     column = mechanism(steps, 1, 1, min(bands, steps)).strategy_coefficients
@@ -113,7 +113,7 @@ def test_sensitivity_is_the_maximum_over_all_patterns(steps):
         assert built.sensitivity == pytest.approx(worst, rel=1e-12), (bands, often, separation)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     steps=st.integers(2, 12),
     bands=st.integers(1, 12),
@@ -373,7 +373,7 @@ def test_it_is_called_as_independent_noise_is():
     assert inspect.signature(CorrelatedNoise.normal) == inspect.signature(NoiseSource.normal)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(step=st.integers(0, 5), start=st.integers(0, 60), count=st.integers(0, 40), stream=st.integers(0, 5))
 def test_any_slice_is_that_slice_of_the_whole(step, start, count, stream):
     whole = CorrelatedNoise(mechanism(), KEY).normal(step=step, stream=stream, count=100, stddev=1.5)

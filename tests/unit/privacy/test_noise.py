@@ -76,7 +76,7 @@ def test_keystream_crosses_the_32_bit_counter_without_repeating():
     assert words.tolist() == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     step=st.integers(0, 2**32 - 1),
     stream=st.integers(0, 2**31 - 1),
@@ -95,7 +95,7 @@ def test_address_layout(step, stream, block):
     np.testing.assert_allclose(normals.numpy(), pairs, rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(start=st.integers(0, 3000), count=st.integers(0, 3000), offset=st.sampled_from([0, 5, 2**35 - 4]))
 def test_a_slice_equals_the_slice_of_the_whole(start, count, offset):
     whole = draw(step=3, stream=1, start=offset, count=6000)

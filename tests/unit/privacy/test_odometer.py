@@ -64,7 +64,7 @@ def test_room_for_one_mechanism_shrinks_when_another_is_charged():
     assert not odometer.can_afford(other._replace(steps=room))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     charges=st.lists(
         st.tuples(st.sampled_from([1.0, 3.0]), st.sampled_from([0.02, 0.1]), st.integers(0, 40)),

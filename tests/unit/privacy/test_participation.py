@@ -25,7 +25,7 @@ def sampler(num_records=50, batches_per_epoch=4, steps=10, key=KEY):
     return EpochOrderSampler(num_records, batches_per_epoch, steps=steps, key=key)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(steps=st.integers(1, 60), separation=st.integers(1, 70), limit=st.integers(1, 70))
 def test_possible_participations_are_what_fits_into_the_run(steps, separation, limit):
     fits = len(range(0, steps, separation))
@@ -103,7 +103,7 @@ def test_steps_going_back_are_refused():
         tracker.admit(-1, [2])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     records=st.integers(1, 40),
     batches=st.integers(1, 9),

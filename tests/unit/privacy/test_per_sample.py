@@ -199,7 +199,7 @@ def test_empty_batch_and_unused_layer():
     assert not any(recorded[:, place.start : place.stop].any() for place in unused)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(batch=st.integers(2, 4), tokens=st.integers(2, 12), seed=st.integers(0, 1000))
 def test_other_samples_do_not_matter(batch, tokens, seed):
     model = adapted(tiny_llama(vocab_size=VOCAB, dtype=torch.float64))

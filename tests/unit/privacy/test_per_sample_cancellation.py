@@ -35,7 +35,7 @@ class TestNormsUnderCancellation:
         return total
 
     # [p, d] with few and with many positions: by Gram matrices, and by the product
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         left=st.floats(-9, 0), size=st.sampled_from([(40, 40), (3, 5)]), pairs=st.integers(1, 6),
         scale=st.floats(-3, 3), seed=st.integers(0, 2**16),
@@ -48,7 +48,7 @@ class TestNormsUnderCancellation:
         assert (self.norms(uses, size) >= expected * (1 - ROUNDING_EXCESS)).all()
 
     # the two uses cancel each other, or each cancels in itself
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=80)
     @given(
         left=st.floats(-9, 0), tokens=st.integers(1, 5), size=st.sampled_from([(50, 40), (7, 5)]),
         within=st.booleans(), seed=st.integers(0, 2**16),
@@ -69,7 +69,7 @@ class TestNormsUnderCancellation:
         expected = self.truth(uses, size).flatten(1).norm(dim=1)
         assert (self.norms(uses, size) >= expected * (1 - ROUNDING_EXCESS)).all()
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(left=st.floats(-9, 0), tokens=st.integers(1, 4), seed=st.integers(0, 2**16))
     def test_samples_of_one_unit_that_cancel(self, left, tokens, seed):
         a, g = randn(1, tokens, 40, seed=seed), randn(1, tokens, 40, seed=seed + 1)

@@ -63,7 +63,7 @@ def seeded(build, **options) -> nn.Module:
 
 
 class TestConvolutions:
-    @settings(max_examples=40, deadline=None, derandomize=True)
+    @settings(max_examples=40)
     @given(
         dims=st.sampled_from([1, 2, 3]),
         batch=st.sampled_from([1, 2, 3]),

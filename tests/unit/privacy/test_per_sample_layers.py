@@ -52,7 +52,7 @@ class TestDense:
         assert_exact(model, randn(batch, *shape, 13))
 
     # few positions keep the factors, many write the product out: both sides of the rule
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(
         batch=st.integers(1, 4),
         tokens=st.integers(1, 40),

@@ -95,7 +95,7 @@ def test_model_in_bfloat16(on_triton):
 
 
 # [p, d] with few and with many positions: by Gram matrices, and by the product
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     left=st.floats(-9, 0), size=st.sampled_from([(40, 40), (3, 5)]), pairs=st.integers(1, 6),
     scale=st.floats(-3, 3), seed=st.integers(0, 2**16),

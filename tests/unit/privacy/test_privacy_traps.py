@@ -107,7 +107,7 @@ def tiny_gpt2() -> nn.Module:
     return random_parameters(transformers.GPT2LMHeadModel(config).double(), std=0.1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     data=st.data(),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),

@@ -84,7 +84,7 @@ def private(
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     scale=st.floats(1e-3, 1e4), batch=st.integers(2, 5), removed=st.integers(0, 4), seed=st.integers(0, 2**16)
 )
@@ -138,7 +138,7 @@ def test_noise_has_the_claimed_deviation_once_per_step_whatever_was_drawn(ledger
         samples.append((before - grads.flat_params.detach()) * DIVISOR)
     noise = torch.stack(samples).double() / (SIGMA * CLIP)
     chi_square = float(noise.square().sum())
-    low, high = stats.chi2.interval(1 - 1e-6, noise.numel())
+    low, high = stats.chi2.interval(1 - 1e-9, noise.numel())
     assert low < chi_square < high
     assert ledger.steps_charged == 400
     assert len(noise.unique(dim=0)) == 400  # no step's noise twice; one float32 alone may fall on another's

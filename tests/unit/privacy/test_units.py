@@ -78,10 +78,10 @@ def test_two_users_choose_independently():
 
 
 def test_same_step_repeats_and_other_keys_differ():
-    user_ids = ["a"] * 30
-    sampler = everyone(user_ids, 5, key=None)
+    user_ids = ["a"] * 300
+    sampler = everyone(user_ids, 50, key=None)
     assert sampler.draw(4) == sampler.draw(4)
-    assert sampler.draw(4) != everyone(user_ids, 5, key=None).draw(4)
+    assert sampler.draw(4) != everyone(user_ids, 50, key=None).draw(4)
 
 
 def test_records_of_a_user_come_side_by_side():

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -271,7 +272,8 @@ def test_nothing_measured_leaves_beside_the_value(run):
     report = run.report(evidence=evidence, gate=check_gate(rules, evidence))
     run.publish(report, rules=rules, released=[released])
     for name in ("report.json", "report.html", "README.md"):
-        text = (run.published / name).read_text()
+        # digests are as random as the keys, and one in some thousands holds the sentinel
+        text = re.sub(r"\b[0-9a-f]{12,}\b", "", (run.published / name).read_text())
         assert SENTINEL not in text, name
         assert "mean_queries" not in text, name
         assert "mean queries" not in text, name

@@ -213,7 +213,7 @@ MARKER = 0.7234567
 MARKERS = st.integers(min_value=1, max_value=400).map(lambda step: MARKER + step * 1e-7)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(values=st.lists(MARKERS, min_size=8, max_size=8, unique=True), count=st.integers(7_000_001, 7_000_900))
 def test_marked_private_values_never_reach_a_shareable_report(values, count):
     evidence = [
