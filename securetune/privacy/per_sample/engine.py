@@ -36,6 +36,7 @@ from securetune.privacy.per_sample.layout import (
     refuse_gradients,
     trainable_parameters,
 )
+from securetune.privacy.per_sample.outside import refuse_outside
 from securetune.privacy.per_sample.paths import Path, refuse_plain_backward
 from securetune.privacy.per_sample.row_watch import RowWatch, not_by_sample
 from securetune.privacy.per_sample.self_check import check_against_autograd
@@ -201,6 +202,7 @@ class PerSampleGradients:
         """Run one backward pass that records, with a proof before the first of its kind."""
         refuse_changed(self.parameters, self._frozen)
         refuse_gradients(self.parameters, "before the pass")
+        refuse_outside(losses, self.model, self._place)
         self._recording = True
         try:
             if not self._is_second:

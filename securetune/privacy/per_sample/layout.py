@@ -104,6 +104,8 @@ def refuse_changed(
 def refuse_joined(model: nn.Module, parameters: Sequence[TrainableParameter]) -> None:
     """Refuse parameters that joined the model since, and were differentiated in the ordinary way.
 
+    Reentrant checkpointing hides them from :func:`refuse_outside`.
+
     Args:
         model: The model.
         parameters: Those that trained when the engine was made.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from securetune.errors import PrivacyError
 from securetune.privacy.participation import EpochOrderSampler
@@ -20,18 +21,33 @@ def test_ledger_in_a_folder_that_is_missing_is_refused_with_the_remedy(tmp_path)
         private_run(tmp_path, ledger=tmp_path)
 
 
-def test_layer_that_joins_later_is_refused_though_another_optimizer_trains_it(tmp_path):
+class Checkpointed(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("is_hidden", [False, True], ids=["in the graph", "reentrant checkpointing"])
+def test_layer_that_joins_later_is_refused_though_another_optimizer_trains_it(tmp_path, is_hidden):
     model = tiny_net()
-    private = private_run(tmp_path, model)
+    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
     batches = next(private.steps(micro_batch_size=N))
     late = nn.Linear(K, K).double()
-    model.append(late)
+    model.append(Checkpointed(late) if is_hidden else late)
     before = late.weight.detach().clone()
     other = torch.optim.SGD(late.parameters(), lr=1.0)
-    for batch in batches:
-        private.backward(losses_of(model, batch))
-    with pytest.raises(PrivacyError, match=r"2\.weight joined|3\.weight joined the model after"):
-        private.step()
+    message = r"3\.(layer\.)?weight joined the model after"
+    losses = losses_of(model, next(batches))
+    if is_hidden:
+        private.backward(losses)
+        with pytest.raises(PrivacyError, match=message):
+            private.step()
+    else:
+        with pytest.raises(PrivacyError, match=message):
+            private.backward(losses)
     other.step()
     assert torch.equal(late.weight, before)
     assert private.ledger.steps_charged == 0
