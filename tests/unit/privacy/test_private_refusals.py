@@ -9,7 +9,7 @@ from securetune.errors import PrivacyError
 from securetune.privacy.participation import EpochOrderSampler
 from securetune.privacy.sampling import PoissonSampler
 from securetune.privacy.units import UserSampler
-from tests.private_runs import D, K, N, losses_of, private_run, records, tiny_net, train
+from tests.private_runs import K, N, losses_of, private_run, records, tiny_net
 
 pytestmark = pytest.mark.usefixtures("calibrated_once")
 
@@ -136,44 +136,6 @@ def test_check_finds_a_divisor_counted_over_the_batch(tmp_path):
     assert private.check(lambda rows: losses_of(model, collate(rows)), examples) < 1e-9
     with pytest.raises(PrivacyError, match="batch-mates"):
         private.check(lambda rows: losses_of(model, collate(rows)) / len(rows), examples)
-
-
-class Averaging(nn.Module):
-    """Keeps a running mean of its inputs, as normalisation layers of some libraries do."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.how, self.linear = how, nn.Linear(D, K).double()
-        mean = torch.zeros(D, dtype=torch.float64)
-        if how == "frozen parameter":
-            self.mean = nn.Parameter(mean, requires_grad=False)
-        else:
-            self.register_buffer("mean", mean, persistent=how != "not saved")
-
-    def forward(self, x):
-        if self.training and self.how == "assigned":
-            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(dim=0)
-        elif self.training:
-            self.mean.lerp_(x.detach().mean(dim=0), 0.1)
-        return self.linear(x)
-
-
-@pytest.mark.parametrize("how", ["in place", "assigned", "frozen parameter"])
-def test_trap_30_statistics_of_private_records_that_are_saved_are_refused(tmp_path, how):
-    model = nn.Sequential(Averaging(how))
-    private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
-    with pytest.raises(PrivacyError, match=r"0\.mean changed"):
-        train(private, model)
-    assert private.ledger.steps_charged == 0
-
-
-@pytest.mark.parametrize("how", ["in place", "not saved"])
-def test_buffers_that_stay_or_are_not_saved_are_allowed(tmp_path, how):
-    model = nn.Sequential(Averaging(how)).train(how == "not saved")
-    private = private_run(tmp_path, model)
-    model.load_state_dict(model.state_dict())  # of a checkpoint: between two steps a buffer may change
-    train(private, model)
-    assert private.ledger.steps_charged == 3
 
 
 def test_refused_arguments_leave_the_model_as_it_was(tmp_path):
