@@ -27,6 +27,7 @@ from securetune.privacy.per_sample.gradients import (
     index_units,
     lookup_rows,
 )
+from securetune.privacy.per_sample.graph import reached_by, refuse_outside
 from securetune.privacy.per_sample.isolation import IsolationProof
 from securetune.privacy.per_sample.layout import (
     count_owners,
@@ -36,7 +37,6 @@ from securetune.privacy.per_sample.layout import (
     refuse_gradients,
     trainable_parameters,
 )
-from securetune.privacy.per_sample.outside import refuse_outside
 from securetune.privacy.per_sample.paths import Path, refuse_plain_backward
 from securetune.privacy.per_sample.row_watch import RowWatch, not_by_sample
 from securetune.privacy.per_sample.self_check import check_against_autograd
@@ -72,7 +72,7 @@ class PerSampleGradients:
         watch: How many rows the modules of the running forward pass had.
         before_pass: Called with the losses before each backward pass through their graph, for wrappers whose
             hooks expect one only (ZeRO-3); None for others.
-        calls: Names of the paths that ran forward since the last pass.
+        hidden_calls: Names of the paths that ran without gradients since the last pass, maybe to run again.
 
     Raises:
         ValueError: If ``passes`` is neither.
@@ -106,7 +106,7 @@ class PerSampleGradients:
         self._flat_params: nn.Parameter | None = None
         self._recording = False
         self._isolation = IsolationProof()
-        self.calls: set[str] = set()
+        self.hidden_calls: set[str] = set()
         self._looped_kinds: set[type[nn.Module]] = set()
         self._rows = 0
         self._is_count_told = False  # by the running backward's unit_ids
@@ -202,16 +202,17 @@ class PerSampleGradients:
         """Run one backward pass that records, with a proof before the first of its kind."""
         refuse_changed(self.parameters, self._frozen)
         refuse_gradients(self.parameters, "before the pass")
-        refuse_outside(losses, self.model, self._place)
+        reached = reached_by(losses)
+        refuse_outside(reached.leaves, self._rows, self.model, self._place)
         self._recording = True
         try:
             if not self._is_second:
-                self._prove_isolation(losses)
+                self._prove_isolation(losses, reached.layers)
             self._taker = taker
             may_prove_again = self._isolation.has_silent_layers and self.agree_on_most is None
             self._differentiate(losses, None, retain_graph=retain_graph or may_prove_again)
             if self._isolation.pop_asked_again() and may_prove_again:  # else before the next batch
-                self._prove_isolation(losses)
+                self._prove_isolation(losses, reached.layers)
         finally:
             self._recording, self._taker = False, None
         refuse_gradients(self.parameters, "by the pass")
@@ -444,7 +445,7 @@ class PerSampleGradients:
                 reason,
             )
 
-    def _prove_isolation(self, losses: Tensor) -> None:
+    def _prove_isolation(self, losses: Tensor, layers: set[str]) -> None:
         """Prove that samples are isolated, where this batch is the first of its kind."""
         given, seen = self.watch.given_samples, self.watch.batch_rows
         ratio, unlike = (
@@ -463,11 +464,11 @@ class PerSampleGradients:
             self._rows,
             state,
             lambda rows: self._differentiate(losses, rows, retain_graph=True),
-            calls=self.calls,
+            layers={(name, False) for name in layers} | {(name, True) for name in self.hidden_calls},
             device=losses.device,
             agree_on_most=self.agree_on_most,
         )
-        self.calls.clear()
+        self.hidden_calls.clear()
 
     def _start(self, rows: int) -> None:
         self._rows = rows
