@@ -274,6 +274,23 @@ def test_optimizer_over_the_parameters_or_over_the_flat_vector_is_the_same():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("change", [nn.Module.double, nn.Module.bfloat16, lambda model: replace_data(model)])
+def test_model_that_is_moved_away_from_the_flat_vector_is_refused(ledger, change):
+    """Else each step would be charged, and none would move the model."""
+    grads = make_grads()
+    step = private(grads, ledger, optimizer=torch.optim.SGD([grads.flat_params], lr=1.0))
+    step.finish()
+    change(grads.model)
+    with pytest.raises(PrivacyError, match=r"moved or cast .* after flat_params was made"):
+        step.finish()
+    assert ledger.steps_charged == 1
+
+
+def replace_data(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
 def test_ledger_of_another_noise_multiplier_is_refused(ledger):
     with pytest.raises(
         PrivacyError, match=r"charges steps of noise_multiplier 1\.3, the step would add noise of 1\.0"
