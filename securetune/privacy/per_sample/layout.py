@@ -235,7 +235,7 @@ def refuse_moved(parameters: Sequence[TrainableParameter], flat: nn.Parameter) -
         where, own = flat.data_ptr() + place.start * flat.itemsize, place.parameter
         if own.numel() and (own.data_ptr() != where or own.dtype != flat.dtype):
             raise PrivacyError(
-                f"{place.name} was moved or cast (model.to, .half, .data = ...) after flat_params was made, so "
-                "that updates of flat_params miss it. Move the model first, or give the optimizer the "
+                f"{place.name} was moved or cast (model.to, .half, .data = ...) after flat_params was made, "
+                "so updates of flat_params miss it. Move the model first, or give the optimizer the "
                 "parameters themselves."
             )
