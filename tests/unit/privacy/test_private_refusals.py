@@ -185,8 +185,9 @@ def test_wrong_arguments_are_named(tmp_path, options, message):
         (iter(records()), "list_iterator"),
         (torch.utils.data.DataLoader(records()), "DataLoader"),
         ([], "an empty list"),
+        ({"train": records(), "test": records(3)}, "dict"),
     ],
-    ids=["iterator", "loader", "empty"],
+    ids=["iterator", "loader", "empty", "splits"],
 )
 def test_records_that_no_sample_can_be_drawn_from_are_refused(tmp_path, data, kind):
     with pytest.raises(ValueError, match=f"records must have a length and rows by number.*got {kind}:"):
