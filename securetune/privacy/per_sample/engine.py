@@ -27,7 +27,7 @@ from securetune.privacy.per_sample.gradients import (
     index_units,
     lookup_rows,
 )
-from securetune.privacy.per_sample.graph import reached_by, refuse_outside
+from securetune.privacy.per_sample.graph import Reached, reached_by, refuse_outside
 from securetune.privacy.per_sample.isolation import IsolationProof
 from securetune.privacy.per_sample.layout import (
     count_owners,
@@ -207,12 +207,12 @@ class PerSampleGradients:
         self._recording = True
         try:
             if not self._is_second:
-                self._prove_isolation(losses, reached.layers)
+                self._prove_isolation(losses, reached)
             self._taker = taker
             may_prove_again = self._isolation.has_silent_layers and self.agree_on_most is None
             self._differentiate(losses, None, retain_graph=retain_graph or may_prove_again)
             if self._isolation.pop_asked_again() and may_prove_again:  # else before the next batch
-                self._prove_isolation(losses, reached.layers)
+                self._prove_isolation(losses, reached)
         finally:
             self._recording, self._taker = False, None
         refuse_gradients(self.parameters, "by the pass")
@@ -445,14 +445,11 @@ class PerSampleGradients:
                 reason,
             )
 
-    def _prove_isolation(self, losses: Tensor, layers: set[str]) -> None:
+    def _prove_isolation(self, losses: Tensor, reached: Reached) -> None:
         """Prove that samples are isolated, where this batch is the first of its kind."""
         given, seen = self.watch.given_samples, self.watch.batch_rows
-        ratio, unlike = (
-            1.0 if seen is None else seen / self._rows,
-            self.watch.rows_unlike_the_arguments(self._rows),
-        )
-        state = (self.model.training, ratio, unlike)
+        ratio = 1.0 if seen is None else seen / self._rows
+        state = (self.model.training, ratio, self.watch.rows_unlike_the_arguments(self._rows))
         is_told = self._is_count_told or self._isolation.was_isolated(state)
         if self._rows == 1 and given is not None and given > 1 and not is_told:
             raise PrivacyError(
@@ -464,7 +461,8 @@ class PerSampleGradients:
             self._rows,
             state,
             lambda rows: self._differentiate(losses, rows, retain_graph=True),
-            layers={(name, False) for name in layers} | {(name, True) for name in self.hidden_calls},
+            layers={(n, False) for n in reached.layers} | {(n, True) for n in self.hidden_calls},
+            graph=reached.graph,
             device=losses.device,
             agree_on_most=self.agree_on_most,
         )

@@ -5,6 +5,7 @@ Reentrant checkpointing hides what it runs again.
 Dimensions: ``B`` samples.
 """
 
+from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -20,10 +21,17 @@ class Reached(NamedTuple):
     Attributes:
         leaves: Tensors that would get a gradient.
         layers: Names of the layers whose paths would record.
+        operations: How often each kind of operation is in the graph.
     """
 
     leaves: list[Tensor]
     layers: set[str]
+    operations: Counter[str]
+
+    @property
+    def graph(self) -> int:
+        """A number that is the same for graphs of the same operations."""
+        return hash(frozenset(self.operations.items()))
 
 
 def reached_by(losses: Tensor) -> Reached:
@@ -35,10 +43,11 @@ def reached_by(losses: Tensor) -> Reached:
     Returns:
         What their backward pass would reach.
     """
-    reached = Reached([], set())
+    reached = Reached([], set(), Counter())
     waiting, seen = [losses.grad_fn], {losses.grad_fn, None}
     while waiting:
         node = waiting.pop()
+        reached.operations[type(node).__name__] += 1
         path = path_of(node)
         if path is not None:
             reached.layers.add(path.name)

@@ -233,3 +233,33 @@ def test_rows_that_the_data_choose_where_another_backward_came_between():
     engine.backward(losses(model, [5, 5]))
     with pytest.raises(PrivacyError, match="coupled"):
         engine.backward(private)
+
+
+class TestLossesOfAnotherKindLater:
+    """Each batch may have a loss of its own, of the same layers, and any of them may couple samples."""
+
+    @staticmethod
+    def losses(model, x, number):
+        y = model(x)
+        z = nn.functional.normalize(y, dim=1)
+        contrast = nn.functional.cross_entropy(z @ z.T, torch.arange(len(x)), reduction="none")
+        return y.square().sum(dim=1) + (contrast if number % 2 else 0.0)
+
+    def test_that_couple_samples(self):
+        model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double(), randn(4, 6)
+        engine = PerSampleGradients(model)
+        engine.backward(self.losses(model, x, 0))
+        with pytest.raises(PrivacyError, match="coupled"):
+            engine.backward(self.losses(model, x, 1))
+
+    def test_graphs_that_never_repeat_are_not_proven_without_end(self, monkeypatch):
+        model, x = nn.Sequential(nn.Linear(6, 6)).double(), randn(4, 6)
+        engine, proofs = PerSampleGradients(model), []
+        count = functools.partial(TestLayersThatRunLater.count, engine, proofs)
+        monkeypatch.setattr(engine, "_differentiate", count)
+        for number in range(200):
+            losses = square_losses(model, x)
+            for _ in range(number):
+                losses = losses.sin()
+            engine.backward(losses)
+        assert len(proofs) <= (16 + 4) * 4  # so many graphs, and half of the batches 16, 32, 64 and 128 too
