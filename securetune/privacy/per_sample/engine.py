@@ -27,7 +27,7 @@ from securetune.privacy.per_sample.gradients import (
     index_units,
     lookup_rows,
 )
-from securetune.privacy.per_sample.graph import Reached, reached_by, refuse_outside
+from securetune.privacy.per_sample.graph import Reached, reached_by, refuse_outside, refuse_used_up
 from securetune.privacy.per_sample.isolation import IsolationProof
 from securetune.privacy.per_sample.layout import (
     count_owners,
@@ -220,7 +220,7 @@ class PerSampleGradients:
     def _differentiate(self, losses: Tensor, rows: Tensor | None, *, retain_graph: bool) -> None:
         if self.before_pass is not None:
             self.before_pass(losses)
-        with without_autocast():  # it would reach the layers' own backward passes
+        with without_autocast(), refuse_used_up():  # autocast would reach the layers' own backward passes
             (losses if rows is None else losses[rows]).sum().backward(retain_graph=retain_graph)
 
     def _backward_twice(self, losses: Tensor, units: Tensor | None) -> BatchGradients:

@@ -5,8 +5,9 @@ Reentrant checkpointing hides what it runs again.
 Dimensions: ``B`` samples.
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -59,6 +60,30 @@ def reached_by(losses: Tensor) -> Reached:
                 seen.add(child)
                 waiting.append(child)
     return reached
+
+
+@contextlib.contextmanager
+def refuse_used_up() -> Iterator[None]:
+    """Explain a graph that a backward pass used up before.
+
+    Raises:
+        PrivacyError: If the backward pass inside meets one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            raise PrivacyError(
+                "the losses reach the graph of a micro-batch that was differentiated before: the same losses "
+                "were given twice, or a state was carried over, so that records of several batches mix. "
+                "Compute losses for each micro-batch, and start or detach() states in each."
+            ) from error
+        if "backward an extra time" in str(error):
+            raise PrivacyError(
+                "selective activation checkpointing allows one backward pass, and the proof that samples are "
+                "not coupled needs several. Use checkpoint(...) without context_fn."
+            ) from error
+        raise
 
 
 def refuse_outside(
