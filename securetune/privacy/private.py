@@ -169,7 +169,17 @@ class PrivateTraining:
                     "not finite counts as zero by itself."
                 )
             self._in_hand = self._micro_batches.pop(0)
-            yield collate([self._records[index] for index in self._in_hand.positions])
+            rows = [self._records[index] for index in self._in_hand.positions]
+            order = [id(row) for row in rows]
+            batch = collate(rows)
+            now, has_joint_units = [id(row) for row in rows], len(set(self._in_hand.unit_ids)) < len(order)
+            if has_joint_units and now != order and sorted(now) == sorted(order):
+                raise PrivacyError(
+                    "collate_fn sorted the records, and the losses come in their order: the records of one "
+                    "user could not be told from another's. Keep the order (pack_padded_sequence has "
+                    "enforce_sorted=False)."
+                )
+            yield batch
 
     def backward(self, losses: Tensor) -> None:
         """Differentiate a micro-batch: in the place of ``loss.backward()``.

@@ -69,6 +69,26 @@ def test_record_differentiated_twice_is_refused(tmp_path):
         private.backward(losses_of(model, batch))
 
 
+@pytest.mark.parametrize("unit", ["user", "record"])
+def test_collating_that_sorts_the_records_of_users_is_refused(tmp_path, unit):
+    """A user's records would be clipped with another's; where each record is a unit the order is free."""
+    users = UserSampler("AB" * 6, PoissonSampler(2, 1.0), max_records_per_user=3)
+    how = {"sampler": users, "expected_batch_size": 1} if unit == "user" else {"sample_rate": 1.0}
+    model = tiny_net()
+    private = private_run(tmp_path, model, target_epsilon=50.0, delta=1e-6, **how)
+
+    def collate(rows):
+        rows.sort(key=lambda row: float(row[0][0]))
+        return torch.utils.data.default_collate(rows)
+
+    batches = next(private.steps(micro_batch_size=N, collate_fn=collate))
+    if unit == "record":
+        private.backward(losses_of(model, next(batches)))
+        return
+    with pytest.raises(PrivacyError, match=r"collate_fn sorted the records.*enforce_sorted=False"):
+        next(batches)
+
+
 def test_micro_batch_left_out_is_refused(tmp_path):
     model = tiny_net()
     private = private_run(tmp_path, model, sample_rate=1.0, target_epsilon=50.0)
