@@ -41,7 +41,7 @@ class SavedTensors:
                 f"{moved[0]} changed in this step, and {len(moved) - 1} others. What a forward pass "
                 "on private records writes into the model has no noise and would be saved with it. Put the "
                 "module that keeps such statistics into evaluation mode, or replace it; let one that starts "
-                "from its first batch see public records before."
+                "from its first batch see public records before; constrain weights after private.step()."
             )
 
 
@@ -55,8 +55,9 @@ def _marks(model: nn.Module) -> dict[str, _Mark]:
     marks: dict[str, _Mark] = {}
     for name, tensor in saved.items():
         is_trainable = isinstance(tensor, nn.Parameter) and tensor.requires_grad
-        told = (None, None) if is_trainable else (id(tensor), tensor._version)
-        marks[name] = _Mark(*told, checksums.get(name))
+        identity = None if is_trainable else id(tensor)
+        version = None if is_trainable or tensor.is_inference() else tensor._version
+        marks[name] = _Mark(identity, version, checksums.get(name))
     return marks
 
 

@@ -143,3 +143,15 @@ def test_tensors_that_are_no_plain_memory_are_known_by_version():
     model.kept.mul_(2)
     with pytest.raises(PrivacyError, match="kept changed"):
         saved.refuse_written()
+
+
+def test_buffer_that_was_made_in_inference_mode_is_known_by_its_values():
+    model = nn.Module()
+    with torch.inference_mode():
+        model.register_buffer("kept", torch.zeros(3))
+    saved = SavedTensors(model)
+    saved.refuse_written()
+    with torch.inference_mode():
+        model.kept.add_(1)
+    with pytest.raises(PrivacyError, match="kept changed"):
+        saved.refuse_written()
