@@ -22,6 +22,7 @@ from securetune.privacy.ledger import Ledger, LedgerHeader
 from securetune.privacy.noise import NoiseSource
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.sampling import PoissonSampler, Sampler, refuse_other_records
+from securetune.privacy.saved_tensors import SavedTensors
 from securetune.privacy.step import PrivateStep
 from securetune.privacy.units import DrawnRecord, UserSampler
 
@@ -89,7 +90,7 @@ class PrivateTraining:
         self._is_broken = False  # a micro-batch failed on its way into the sum
         self._micro_batches: list[_MicroBatch] = []  # of the running step, still to be handed out
         self._in_hand: _MicroBatch | None = None  # handed out, not yet differentiated
-        self._versions: dict[str, tuple[int, int]] = {}  # when the step began
+        self._saved: SavedTensors | None = None  # before the first forward pass of the step
 
     def __enter__(self) -> Self:
         return self
@@ -153,11 +154,12 @@ class PrivateTraining:
                 )
             self._micro_batches = _split(self._sampler.draw_next(), micro_batch_size)
             self._is_in_step = True
-            self._versions = _saved_versions(self.grads.model)
             yield self._hand_out(collate)
         self.close()
 
     def _hand_out(self, collate: Callable[[list[Any]], Any]) -> Iterator[Any]:
+        if self._micro_batches and self._saved is None:
+            self._saved = SavedTensors(self.grads.model)
         while self._micro_batches:
             self._refuse_if_broken()
             if self._in_hand is not None:
@@ -167,7 +169,17 @@ class PrivateTraining:
                     "not finite counts as zero by itself."
                 )
             self._in_hand = self._micro_batches.pop(0)
-            yield collate([self._records[index] for index in self._in_hand.positions])
+            rows = [self._records[index] for index in self._in_hand.positions]
+            order = [id(row) for row in rows]
+            batch = collate(rows)
+            now, has_joint_units = [id(row) for row in rows], len(set(self._in_hand.unit_ids)) < len(order)
+            if has_joint_units and now != order and sorted(now) == sorted(order):
+                raise PrivacyError(
+                    "collate_fn sorted the records, and the losses come in their order: the records of one "
+                    "user could not be told from another's. Keep the order (pack_padded_sequence has "
+                    "enforce_sorted=False)."
+                )
+            yield batch
 
     def backward(self, losses: Tensor) -> None:
         """Differentiate a micro-batch: in the place of ``loss.backward()``.
@@ -215,7 +227,7 @@ class PrivateTraining:
 
         Raises:
             PrivacyError: If no sample was drawn for it, a micro-batch of the sample is missing, or the step
-                changed a buffer that is saved with the model.
+                wrote into the model.
         """
         if not self._is_in_step:
             raise PrivacyError(
@@ -229,9 +241,10 @@ class PrivateTraining:
                 "depends on the data, and epsilon does not cover that: run the loop over micro-batches to "
                 "its end."
             )
-        self._refuse_written()
+        if self._saved is not None:
+            self._saved.refuse_written()
         self._step.finish()
-        self._is_in_step = False
+        self._is_in_step, self._saved = False, None
 
     def _refuse_if_broken(self) -> None:
         if self._is_broken:
@@ -239,16 +252,6 @@ class PrivateTraining:
                 "an error stopped the backward pass of a micro-batch of this step. Going on without it would "
                 "leave records out, and whether it failed depends on them. Start again with make_private, "
                 "for example with smaller micro-batches: its ledger goes on."
-            )
-
-    def _refuse_written(self) -> None:
-        now = _saved_versions(self.grads.model)
-        moved = sorted(name for name in now if now[name] != self._versions.get(name))
-        if moved:
-            raise PrivacyError(
-                f"{moved[0]} changed in this step, and {len(moved) - 1} others. What a forward pass "
-                "on private records writes into the model has no noise and would be saved with it. Put the "
-                "module that keeps such statistics into evaluation mode, or replace it."
             )
 
     def check(self, losses_of: Callable[[list[Any]], Tensor], examples: Sequence[Any]) -> float:
@@ -471,18 +474,6 @@ def _say_what_was_charged(ledger: Ledger) -> None:
             ledger.remaining_steps,
             ledger.steps_charged + ledger.remaining_steps,
         )
-
-
-def _saved_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Which tensor each buffer and frozen parameter is that is saved, and how often it was written to."""
-    versions: dict[str, tuple[int, int]] = {}
-    for prefix, module in model.named_modules():
-        for name, tensor in (*module._buffers.items(), *module._parameters.items()):
-            if tensor is None or name in module._non_persistent_buffers_set:
-                continue
-            if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad):
-                versions[f"{prefix}.{name}".lstrip(".")] = (id(tensor), tensor._version)
-    return versions
 
 
 def _split(drawn: Sequence[int] | Sequence[DrawnRecord], size: int) -> list[_MicroBatch]:

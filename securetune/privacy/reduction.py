@@ -20,6 +20,7 @@ from securetune.errors import PrivacyError
 from securetune.privacy.noise import Noise
 from securetune.privacy.per_sample import PerSampleGradients
 from securetune.privacy.per_sample.gradients import BatchGradients, TrainableParameter
+from securetune.privacy.per_sample.layout import refuse_moved
 
 _NOISE_CHUNK = 1 << 24  # 64 MiB of noise at a time
 
@@ -206,7 +207,8 @@ class SingleProcess:
         """Refuse an optimizer that owns other parameters than the trainable ones, or than the flat one."""
         owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         _, flat = grads.owned_by_optimizer
-        if len(owned) == 1 and owned[0] is flat:
+        if flat is not None and len(owned) == 1 and owned[0] is flat:
+            refuse_moved(grads.parameters, flat)
             return
         require_exactly(grads.parameters, owned, over="[grads.flat_params]")
 

@@ -401,14 +401,20 @@ def refuse_other_records(name: str, records: Any) -> None:
         records: Whatever was given.
 
     Raises:
-        ValueError: If they have no length or can't be taken by number (a stream, a ``DataLoader``), or there
-            are none.
+        ValueError: If they have no length or can't be taken by number (a stream, a ``DataLoader``, a
+            dictionary of splits), or there are none.
     """
     has_rows = hasattr(records, "__len__") and hasattr(records, "__getitem__")
-    if not has_rows or not len(records):
+    is_empty = has_rows and not len(records)
+    if has_rows and not is_empty:
+        try:
+            records[0]
+        except KeyError:  # a dictionary of splits, a data frame
+            has_rows = False
+    if not has_rows or is_empty:
         raise ValueError(
             f"{name} must have a length and rows by number, at least one row (a list, a map-style torch "
-            f"Dataset, a datasets.Dataset), got {'an empty ' if has_rows else ''}{type(records).__name__}: "
+            f"Dataset, a datasets.Dataset), got {'an empty ' if is_empty else ''}{type(records).__name__}: "
             "each step takes a random sample of all records. Load a stream into a list; of a DataLoader give "
-            "its dataset."
+            "its dataset, of a dictionary of splits one, of a data frame to_dict('records')."
         )

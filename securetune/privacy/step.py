@@ -187,6 +187,7 @@ class PrivateStep(OrdinaryStep):
             ledger.begin_run()
         noise.begin_run()
         self._steps_finished = 0
+        self._is_releasing = False  # between the charge of a step and its end
         self._public: Accumulator | None = None  # the weighted public gradient of this step
         self._private_ids: set[Hashable] = set()
         self._public_ids: set[Hashable] = set()
@@ -261,12 +262,20 @@ class PrivateStep(OrdinaryStep):
             *totals: Small tensors of the caller's, added up over all processes in place.
 
         Raises:
-            PrivacyError: If the planned budget is spent; nothing is released then.
+            PrivacyError: If the planned budget is spent; nothing is released then. Or if an error stopped the
+                step before after it was charged.
         """
+        if self._is_releasing:
+            raise PrivacyError(
+                "an error stopped a step after it was charged, so its noised sum may be out. Releasing the "
+                "same sample once more costs more than a step on a new one, which is what would be charged. "
+                "Start again from the last checkpoint with this ledger, which goes on."
+            )
         self._reduction.refuse_other_parameters(self.grads, self.optimizer)
         refuse_joined(self.grads.model, self.grads.parameters)
         step = self._steps_finished
         self._ledger.charge()
+        self._is_releasing = True
         self._steps_finished += 1
         stddev = self.clipping.noise_stddev(self.noise_multiplier)
         is_fused = why_not_fused(self.grads, self.optimizer, self._noise) is None
@@ -287,6 +296,7 @@ class PrivateStep(OrdinaryStep):
         self._public = None
         self._private_ids.clear()
         self._public_ids.clear()
+        self._is_releasing = False
 
     def _release(self, step: int, stddev: float) -> None:
         reduction = self._reduction

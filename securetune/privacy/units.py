@@ -50,7 +50,8 @@ class UserSampler:
         key: 32 bytes, for tests only: a run with a fixed key reports no epsilon.
 
     Raises:
-        ValueError: If an argument is out of range, or the sampler's size is not the number of users.
+        ValueError: If an argument is out of range, an id is no string, or the sampler's size is not the
+            number of users.
     """
 
     def __init__(
@@ -65,6 +66,11 @@ class UserSampler:
             raise ValueError(f"max_records_per_user must be >= 1, got {max_records_per_user}.")
         records: dict[str, list[int]] = {}
         for index, user_id in enumerate(user_ids):
+            if not isinstance(user_id, str):
+                raise ValueError(
+                    f"user_ids must be strings, got {user_id!r} for record {index}. Give [str(user) for user "
+                    "in user_ids]."
+                )
             records.setdefault(user_id, []).append(index)
         places, is_public = sampler.num_records, sampler.sampling.num_records is not None
         if places < len(records) or (places > len(records) and not is_public):

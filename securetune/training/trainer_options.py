@@ -15,6 +15,7 @@ FP16 = (
 
 
 _TEXT_COLUMNS = {"messages", "prompt", "completion", "text"}
+_MASK_COLUMNS = {"completion_mask", "assistant_masks"}
 _MODEL_INPUTS = {"input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values"}
 
 
@@ -38,6 +39,12 @@ def refuse_options(
             bool(columns & _TEXT_COLUMNS) and not columns & _MODEL_INPUTS and args.remove_unused_columns,
             f"train_dataset with the columns {', '.join(sorted(columns & _TEXT_COLUMNS))}: the model takes "
             "tokens. Give encode_sft(rows, tokenizer, max_length=...) from securetune.data.sft.",
+        ),
+        (
+            bool(columns & _MASK_COLUMNS) and "labels" not in columns and args.remove_unused_columns,
+            f"train_dataset with the columns {', '.join(sorted(columns & _MASK_COLUMNS))} and no labels: "
+            "they would be dropped, and all tokens trained on. Give labels (encode_sft makes them), or set "
+            "remove_unused_columns=False and give a data_collator that uses them.",
         ),
         (args.fp16, FP16),
         (

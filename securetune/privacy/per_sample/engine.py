@@ -27,6 +27,7 @@ from securetune.privacy.per_sample.gradients import (
     index_units,
     lookup_rows,
 )
+from securetune.privacy.per_sample.graph import Reached, reached_by, refuse_outside, refuse_used_up
 from securetune.privacy.per_sample.isolation import IsolationProof
 from securetune.privacy.per_sample.layout import (
     count_owners,
@@ -71,7 +72,7 @@ class PerSampleGradients:
         watch: How many rows the modules of the running forward pass had.
         before_pass: Called with the losses before each backward pass through their graph, for wrappers whose
             hooks expect one only (ZeRO-3); None for others.
-        calls: Names of the paths that ran forward since the last pass.
+        hidden_calls: Names of the paths that ran without gradients since the last pass, maybe to run again.
 
     Raises:
         ValueError: If ``passes`` is neither.
@@ -105,7 +106,7 @@ class PerSampleGradients:
         self._flat_params: nn.Parameter | None = None
         self._recording = False
         self._isolation = IsolationProof()
-        self.calls: set[str] = set()
+        self.hidden_calls: set[str] = set()
         self._looped_kinds: set[type[nn.Module]] = set()
         self._rows = 0
         self._is_count_told = False  # by the running backward's unit_ids
@@ -201,15 +202,17 @@ class PerSampleGradients:
         """Run one backward pass that records, with a proof before the first of its kind."""
         refuse_changed(self.parameters, self._frozen)
         refuse_gradients(self.parameters, "before the pass")
+        reached = reached_by(losses)
+        refuse_outside(reached.leaves, self._rows, self.model, self._place)
         self._recording = True
         try:
             if not self._is_second:
-                self._prove_isolation(losses)
+                self._prove_isolation(losses, reached)
             self._taker = taker
             may_prove_again = self._isolation.has_silent_layers and self.agree_on_most is None
             self._differentiate(losses, None, retain_graph=retain_graph or may_prove_again)
             if self._isolation.pop_asked_again() and may_prove_again:  # else before the next batch
-                self._prove_isolation(losses)
+                self._prove_isolation(losses, reached)
         finally:
             self._recording, self._taker = False, None
         refuse_gradients(self.parameters, "by the pass")
@@ -217,7 +220,7 @@ class PerSampleGradients:
     def _differentiate(self, losses: Tensor, rows: Tensor | None, *, retain_graph: bool) -> None:
         if self.before_pass is not None:
             self.before_pass(losses)
-        with without_autocast():  # it would reach the layers' own backward passes
+        with without_autocast(), refuse_used_up():  # autocast would reach the layers' own backward passes
             (losses if rows is None else losses[rows]).sum().backward(retain_graph=retain_graph)
 
     def _backward_twice(self, losses: Tensor, units: Tensor | None) -> BatchGradients:
@@ -442,14 +445,11 @@ class PerSampleGradients:
                 reason,
             )
 
-    def _prove_isolation(self, losses: Tensor) -> None:
+    def _prove_isolation(self, losses: Tensor, reached: Reached) -> None:
         """Prove that samples are isolated, where this batch is the first of its kind."""
         given, seen = self.watch.given_samples, self.watch.batch_rows
-        ratio, unlike = (
-            1.0 if seen is None else seen / self._rows,
-            self.watch.rows_unlike_the_arguments(self._rows),
-        )
-        state = (self.model.training, ratio, unlike)
+        ratio = 1.0 if seen is None else seen / self._rows
+        state = (self.model.training, ratio, self.watch.rows_unlike_the_arguments(self._rows))
         is_told = self._is_count_told or self._isolation.was_isolated(state)
         if self._rows == 1 and given is not None and given > 1 and not is_told:
             raise PrivacyError(
@@ -461,11 +461,12 @@ class PerSampleGradients:
             self._rows,
             state,
             lambda rows: self._differentiate(losses, rows, retain_graph=True),
-            calls=self.calls,
+            layers={(n, False) for n in reached.layers} | {(n, True) for n in self.hidden_calls},
+            graph=reached.graph,
             device=losses.device,
             agree_on_most=self.agree_on_most,
         )
-        self.calls.clear()
+        self.hidden_calls.clear()
 
     def _start(self, rows: int) -> None:
         self._rows = rows

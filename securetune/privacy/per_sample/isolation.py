@@ -13,7 +13,9 @@ _logger = logging.getLogger(__name__)
 # whether the model trains, the rows that it gets for each sample, and the layers whose rows the data may
 # choose, None of these where they do
 State = tuple[bool, float, frozenset[tuple[str, int]] | None]
+Layer = tuple[str, bool]  # its name, and whether reentrant checkpointing may hide it
 Differentiate = Callable[[Tensor], None]
+_MOST_GRAPHS = 16  # where no graph is like another, each would be proven
 _FIRST_SPLIT = 16  # later ones cost 2 passes each time that the number of batches has doubled
 
 
@@ -21,11 +23,11 @@ class IsolationProof:
     """Prove that no sample's loss reaches another's rows.
 
     Each pass differentiates the samples whose number has one bit set, or not set, so that every pair is told
-    apart. It is done again for another state of the model, and for each batch where the data choose the
-    rows of a layer; a batch without any finite gradient proves nothing. Neither does a layer's gradient
-    that is zero, as below weights that start at zero: such a layer is silent, and its first gradient asks
-    for another proof. The batches 16, 32, 64 and so on after a proof are split at random: samples that the
-    model sorts may have come sorted.
+    apart. It is done again for another state of the model, for losses of other operations, and for each batch
+    where the data choose the rows of a layer; a batch without any finite gradient proves nothing. Neither
+    does a layer's gradient that is zero, as below weights that start at zero: such a layer is silent, and its
+    first gradient asks for another proof. The batches 16, 32, 64 and so on after a proof are split at random:
+    samples that the model sorts may have come sorted.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,8 @@ class IsolationProof:
         self._reached: set[str] = set()  # layers whose gradient in this proof was not zero
         self._called: set[str] = set()
         self._silent: dict[State, set[str]] = {}  # layers that the proof of a state told nothing about
-        self._known: dict[State, set[str]] = {}  # layers that ran when a state was proven
+        self._known: dict[State, set[Layer]] = {}  # what was reached when a state was proven
+        self._graphs: dict[State, set[int]] = {}  # of the losses that were proven in a state
         self._state: State | None = None  # of the last batch
         self._is_asked_again = False
 
@@ -60,6 +63,7 @@ class IsolationProof:
         self._isolated.clear()
         self._silent.clear()
         self._known.clear()
+        self._graphs.clear()
 
     def notice(self, g: Tensor, name: str) -> None:
         """Ask for another proof where a silent layer has a gradient now.
@@ -84,7 +88,8 @@ class IsolationProof:
         state: State,
         differentiate: Differentiate,
         *,
-        calls: Collection[str],
+        layers: Collection[Layer],
+        graph: int,
         device: torch.device,
         agree_on_most: Callable[[int], int] | None = None,
     ) -> None:
@@ -95,7 +100,9 @@ class IsolationProof:
             state: State of the model.
             differentiate: Runs a backward pass from the losses that a ``[B]`` bool tensor picks, and keeps
                 the graph.
-            calls: Names of the layers that ran forward; one that is new asks for a proof.
+            layers: Names of the layers that the losses reach, and whether the graph hides where they ran; one
+                that is new asks for a proof.
+            graph: Tells graphs of different operations apart; the first few that are new ask for a proof.
             device: Where the losses are.
             agree_on_most: The largest of a number over the processes that share the model, which must run the
                 same number of passes; None for one process.
@@ -104,7 +111,9 @@ class IsolationProof:
             PrivacyError: If a sample's loss reaches another's rows.
         """
         self._state = state
-        is_proven = state in self._batches and self._known[state].issuperset(calls)
+        graphs = self._graphs.setdefault(state, set())
+        is_known = graph in graphs or len(graphs) >= _MOST_GRAPHS
+        is_proven = is_known and state in self._batches and self._known[state].issuperset(layers)
         num_bits = (num_samples - 1).bit_length()
         if is_proven and num_bits:
             self._batches[state] += 1
@@ -125,7 +134,7 @@ class IsolationProof:
         except RuntimeError as error:
             if "donated buffer" not in str(error):
                 raise
-            self._note_proof(state, set(), calls)
+            self._note_proof(state, set(), layers, graph)
             _logger.warning(
                 "a compiled model keeps no second backward pass, so the proof that samples are not coupled "
                 "did not run; check(losses_of, batch_size) does the same."
@@ -134,14 +143,15 @@ class IsolationProof:
         finally:
             self._differentiated = None
         if self._reached:
-            self._note_proof(state, self._called - self._reached, calls)
+            self._note_proof(state, self._called - self._reached, layers, graph)
 
-    def _note_proof(self, state: State, silent: set[str], calls: Collection[str]) -> None:
+    def _note_proof(self, state: State, silent: set[str], layers: Collection[Layer], graph: int) -> None:
         self._isolated.add(state[:2])
         if state[2] is not None:
             self._batches.setdefault(state, 0)
             self._silent[state] = (self._silent.get(state, set()) | silent) - self._reached
-            self._known.setdefault(state, set()).update(calls)
+            self._known.setdefault(state, set()).update(layers)
+            self._graphs.setdefault(state, set()).add(graph)
 
     def refuse_coupled(self, g: Tensor, name: str) -> None:
         """Raise if the running pass reaches the rows of a sample whose loss is left out.

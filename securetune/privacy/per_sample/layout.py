@@ -104,6 +104,8 @@ def refuse_changed(
 def refuse_joined(model: nn.Module, parameters: Sequence[TrainableParameter]) -> None:
     """Refuse parameters that joined the model since, and were differentiated in the ordinary way.
 
+    Reentrant checkpointing hides them from :func:`refuse_outside`.
+
     Args:
         model: The model.
         parameters: Those that trained when the engine was made.
@@ -217,3 +219,23 @@ def flatten(parameters: Sequence[TrainableParameter]) -> nn.Parameter:
     for place in parameters:
         place.parameter.data = flat.data[place.start : place.stop].view_as(place.parameter)
     return flat
+
+
+def refuse_moved(parameters: Sequence[TrainableParameter], flat: nn.Parameter) -> None:
+    """Refuse parameters that are no longer views of the flat one, which is what an optimizer would move.
+
+    Args:
+        parameters: The trainable ones.
+        flat: ``[P]``, from :func:`flatten`.
+
+    Raises:
+        PrivacyError: If one was moved or cast since.
+    """
+    for place in parameters:
+        where, own = flat.data_ptr() + place.start * flat.itemsize, place.parameter
+        if own.numel() and (own.data_ptr() != where or own.dtype != flat.dtype):
+            raise PrivacyError(
+                f"{place.name} was moved or cast (model.to, .half, .data = ...) after flat_params was made, "
+                "so updates of flat_params miss it. Move the model first, or give the optimizer the "
+                "parameters themselves."
+            )

@@ -109,8 +109,8 @@ class Path:
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return _outside_of_the_graph(self._call, *args, **kwargs)
-        self.engine.calls.add(self.name)
         if not torch.is_grad_enabled():
+            self.engine.hidden_calls.add(self.name)
             return self._original(*args, **kwargs)
         if self.engine.are_exchanged:
             self.engine.meet(self._owned)
@@ -295,6 +295,18 @@ class _Recorder(torch.autograd.Function):
         if ctx.path.engine.wants(ctx.path, *grad_outputs):
             ctx.record(grad_outputs, *(tensor.detach() for tensor in kept))
         return None, None, None, None, *grad_outputs, *[None] * ctx.num_others
+
+
+def path_of(node: Any) -> Path | None:
+    """Find out whom a node of a graph gives its gradient to.
+
+    Args:
+        node: As in ``tensor.grad_fn``.
+
+    Returns:
+        The path that will record, None where the node is another's.
+    """
+    return node.path if isinstance(node, _Recorder._backward_cls) else None
 
 
 def refuse_plain_backward(path: Path) -> None:

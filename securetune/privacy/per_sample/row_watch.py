@@ -105,10 +105,13 @@ class RowWatch:
             samples: ``B``.
 
         Returns:
-            Each with its rows; None where their number was another for arguments of the same shapes, or an
-                argument holds all samples' rows one after another.
+            Each with its rows; None where their number was another for arguments of the same shapes, an
+                argument holds all samples' rows one after another, or the forward pass was before the last
+                backward pass, so that nothing is known of it.
         """
         given = self._all_given
+        if not given and not self._outputs:
+            return None
         alike = {
             math.prod(shape[:dims])
             for shape in given

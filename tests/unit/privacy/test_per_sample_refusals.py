@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample import PerSampleGradients
@@ -434,3 +435,21 @@ class TestModelThatChangedAfterwards:
             changed.base_model.model.layer.set_scale("default", 3.0)
         truth = one_by_one(other, randn(4, 6))
         assert relative_error(engine.backward(square_losses(model, randn(4, 6))).materialize(), truth) < 1e-12
+
+
+class TestGraphThatIsUsedUp:
+    @pytest.mark.parametrize("passes", [1, 2])
+    def test_losses_given_twice(self, passes):
+        engine = PerSampleGradients(nn.Sequential(nn.Linear(6, 6)).double(), passes=passes)
+        losses = square_losses(engine.model, randn(4, 6))
+        total = torch.zeros(engine.num_params, dtype=torch.float64)
+        engine.backward(losses).accumulate(torch.ones(4, 1), total)
+        with pytest.raises(PrivacyError, match=r"differentiated before.*given twice.*detach\(\) states"):
+            engine.backward(losses)
+
+    def test_selective_checkpointing(self):
+        save = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.tanh.default])
+        engine = PerSampleGradients(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).double())
+        y = checkpoint(engine.model, randn(4, 6), use_reentrant=False, context_fn=save)
+        with pytest.raises(PrivacyError, match=r"selective activation checkpointing.*without context_fn"):
+            engine.backward(y.square().sum(dim=1))

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample import PerSampleGradients
@@ -169,3 +170,96 @@ class TestLayersThatRunLater:
     def count(engine, proofs, losses, rows, **options):
         proofs += [rows] * (rows is not None)
         PerSampleGradients._differentiate(engine, losses, rows, **options)
+
+
+class TestLossesThatUseMoreLater:
+    """A head beside, that the first losses left out, is coupled once a later loss takes it in."""
+
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.beside = nn.Linear(6, 6), nn.Linear(6, 2), nn.Linear(6, 4)
+
+        def forward(self, x):
+            h = self.body(x).tanh()
+            return self.head(h), self.beside(h)
+
+    @staticmethod
+    def contrastive(z: torch.Tensor) -> torch.Tensor:
+        z = nn.functional.normalize(z, dim=1)
+        return nn.functional.cross_entropy(z @ z.T, torch.arange(len(z)), reduction="none")
+
+    @pytest.mark.parametrize("before", ["run", "run without gradients", "checkpointed"])
+    def test_samples_coupled_in_it(self, before):
+        model, x = random_parameters(self.TwoHeads().double()), randn(4, 6)
+        engine = PerSampleGradients(model)
+        if before == "run without gradients":
+            with torch.no_grad():
+                model(x)
+        for _ in range(3):
+            h = model.body(x).tanh()
+            if before == "run":
+                model.beside(h)
+            if before == "checkpointed":
+                checkpoint(model.beside, h, use_reentrant=True)
+            engine.backward(model.head(h).square().sum(dim=1))
+        y, z = model(x)
+        with pytest.raises(PrivacyError, match=r"coupled.* layer beside"):
+            engine.backward(y.square().sum(dim=1) + self.contrastive(z))
+
+    def test_samples_coupled_in_it_inside_of_reentrant_checkpointing(self):
+        model, x = random_parameters(self.TwoHeads().double()), randn(4, 6)
+        engine = PerSampleGradients(model)
+        for _ in range(3):
+            engine.backward(model(x)[0].square().sum(dim=1))
+        coupled = checkpoint(
+            lambda x: self.contrastive(model(x)[1]), x.requires_grad_(True), use_reentrant=True
+        )
+        with pytest.raises(PrivacyError, match=r"coupled.* layer beside"):
+            engine.backward(coupled)
+
+
+def test_rows_that_the_data_choose_where_another_backward_came_between():
+    """The gradients of public records may be taken between forward and backward pass of private ones."""
+
+    def losses(model, lengths):
+        mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+        return model(randn(2, 5, 6), mask).square().flatten(1).sum(dim=1)
+
+    model = random_parameters(Chosen().double())
+    engine = PerSampleGradients(model)
+    engine.backward(losses(model, [5, 5]))
+    private = losses(model, [3, 5])
+    engine.backward(losses(model, [5, 5]))
+    with pytest.raises(PrivacyError, match="coupled"):
+        engine.backward(private)
+
+
+class TestLossesOfAnotherKindLater:
+    """Each batch may have a loss of its own, of the same layers, and any of them may couple samples."""
+
+    @staticmethod
+    def losses(model, x, number):
+        y = model(x)
+        z = nn.functional.normalize(y, dim=1)
+        contrast = nn.functional.cross_entropy(z @ z.T, torch.arange(len(x)), reduction="none")
+        return y.square().sum(dim=1) + (contrast if number % 2 else 0.0)
+
+    def test_that_couple_samples(self):
+        model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double(), randn(4, 6)
+        engine = PerSampleGradients(model)
+        engine.backward(self.losses(model, x, 0))
+        with pytest.raises(PrivacyError, match="coupled"):
+            engine.backward(self.losses(model, x, 1))
+
+    def test_graphs_that_never_repeat_are_not_proven_without_end(self, monkeypatch):
+        model, x = nn.Sequential(nn.Linear(6, 6)).double(), randn(4, 6)
+        engine, proofs = PerSampleGradients(model), []
+        count = functools.partial(TestLayersThatRunLater.count, engine, proofs)
+        monkeypatch.setattr(engine, "_differentiate", count)
+        for number in range(200):
+            losses = square_losses(model, x)
+            for _ in range(number):
+                losses = losses.sin()
+            engine.backward(losses)
+        assert len(proofs) <= (16 + 4) * 4  # so many graphs, and half of the batches 16, 32, 64 and 128 too

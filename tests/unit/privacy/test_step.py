@@ -175,6 +175,30 @@ def test_nothing_is_released_past_the_budget(tmp_path):
     assert torch.equal(before, grads.flat_params.detach())
 
 
+def test_sample_of_a_step_that_an_error_stopped_is_not_released_again(ledger):
+    """As where somebody interrupts a notebook in the optimizer, and runs the cell once more."""
+    grads = make_grads()
+    optimizer = torch.optim.SGD([grads.flat_params], lr=1.0)
+    step = PrivateStep(
+        grads, optimizer, clipping=FlatClipping(CLIP), noise_multiplier=SIGMA,
+        expected_batch_size=DIVISOR, noise=NoiseSource(), ledger=ledger,
+    )  # fmt: skip
+    step.accumulate(losses_of(grads, torch.randn(3, 2, 6)))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = optimizer.register_step_post_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        step.finish()
+    hook.remove()
+    released = grads.flat_params.detach().clone()
+    with pytest.raises(PrivacyError, match=r"stopped a step after it was charged.*Start again"):
+        step.finish()
+    assert torch.equal(released, grads.flat_params.detach())
+    assert ledger.steps_charged == 1
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_non_finite_sample_contributes_zero(bad):
     grads = make_grads()
@@ -248,6 +272,23 @@ def test_optimizer_over_the_parameters_or_over_the_flat_vector_is_the_same():
             step.finish()
         results.append(torch.cat([p.detach().flatten() for p in parameters]))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("change", [nn.Module.double, nn.Module.bfloat16, lambda model: replace_data(model)])
+def test_model_that_is_moved_away_from_the_flat_vector_is_refused(ledger, change):
+    """Else each step would be charged, and none would move the model."""
+    grads = make_grads()
+    step = private(grads, ledger, optimizer=torch.optim.SGD([grads.flat_params], lr=1.0))
+    step.finish()
+    change(grads.model)
+    with pytest.raises(PrivacyError, match=r"moved or cast .* after flat_params was made"):
+        step.finish()
+    assert ledger.steps_charged == 1
+
+
+def replace_data(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def test_ledger_of_another_noise_multiplier_is_refused(ledger):

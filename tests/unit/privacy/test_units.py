@@ -188,3 +188,9 @@ def test_users_in_a_fixed_order_keep_its_pattern_with_all_their_records(user_ids
     assert sampler.phase(2.0, 1) == order.phase(2.0, 1)
     assert sampler.describe().unit == "user"
     assert everyone(user_ids, cap).participation is None
+
+
+@pytest.mark.parametrize("user", [7, ("a", 1), None, float("nan")])
+def test_user_that_is_no_string_is_refused_at_once(user):
+    with pytest.raises(ValueError, match=r"must be strings, got .* for record 1\. Give \[str\(user\)"):
+        everyone(["a", user], 1)

@@ -270,6 +270,15 @@ def test_rows_that_are_still_text_are_refused_with_the_remedy(tmp_path, row):
     trainer_for(tmp_path, train_dataset=[row | ROWS[0]] * 9)
 
 
+@pytest.mark.parametrize("mask", ["completion_mask", "assistant_masks"])
+def test_masks_that_would_be_dropped_are_refused(tmp_path, mask):
+    row = ROWS[0] | {mask: [0] * len(ROWS[0]["input_ids"])}
+    trainer_for(tmp_path, train_dataset=[row] * 9)
+    del row["labels"]
+    with pytest.raises(ConfigError, match=rf"columns {mask} and no labels.*all tokens trained on"):
+        trainer_for(tmp_path, train_dataset=[row] * 9)
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(ROWS)
