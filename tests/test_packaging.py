@@ -68,16 +68,17 @@ def test_transformers_imports_from_the_root_of_the_repository():
 
 
 def test_transformers_imports_from_the_root_with_the_hub_package_installed(tmp_path):
-    # The version that transformers 5.23 wants, faked: the newest on PyPI is older, so no other test would
+    # The version that transformers wants, faked: the newest on PyPI may be older, so no other test would
     # notice.
+    wanted = run_python("from transformers.utils.import_utils import KERNELS_MIN_VERSION as v; print(v)")
     package = tmp_path / "kernels"
     package.mkdir()
     (package / "__init__.py").write_text(FAKE_HUB_PACKAGE)
-    metadata = tmp_path / "kernels-0.18.2.dist-info"
+    metadata = tmp_path / f"kernels-{wanted}.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {wanted}\n")
     (metadata / "top_level.txt").write_text("kernels\n")
-    (metadata / "RECORD").write_text("kernels/__init__.py,,\nkernels-0.18.2.dist-info/METADATA,,\n")
+    (metadata / "RECORD").write_text(f"kernels/__init__.py,,\nkernels-{wanted}.dist-info/METADATA,,\n")
     code = (
         "import kernels, transformers\n"
         "from transformers.utils import is_kernels_available\n"
