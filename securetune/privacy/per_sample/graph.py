@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from securetune.errors import PrivacyError
 from securetune.privacy.per_sample.paths import path_of
 
+# What reshape() leaves in a graph: which of these depends on strides and sizes alone.
+_RESHAPES = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0"}
+
 
 class Reached(NamedTuple):
     """What a backward pass would reach.
@@ -31,8 +34,8 @@ class Reached(NamedTuple):
 
     @property
     def graph(self) -> int:
-        """A number that is the same for graphs of the same operations."""
-        return hash(frozenset(self.operations.items()))
+        """A number that is the same for graphs of the same operations, however they are reshaped."""
+        return hash(frozenset(item for item in self.operations.items() if item[0] not in _RESHAPES))
 
 
 def reached_by(losses: Tensor) -> Reached:
